@@ -1,0 +1,418 @@
+"""GLUE: nine tasks and the diagnostic set, as data, batches, scores and leaderboard files. It knows no model.
+
+    accuracy, f1, matthews, pearson, spearman      (predictions, labels) -> float
+    TASKS                                          one row a task
+    score                                          a task's official metrics and their mean
+    load_task                                      the Hub's nyu-mll/glue, or a folder laid out like it -> Examples
+    load_tokenizer, encode                         texts -> token ids
+    batch_indices, evaluation_batches, collate     token ids -> padded tensors
+    write_submission                               predictions -> the leaderboard's files
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import math
+import re
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from checkpoint import BadInput, HubError, atomic_write, looks_like_path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics. Each takes predictions (n,) and labels (n,) and computes in float64. Where a denominator is zero (one class,
+# a constant, a single example) the value is 0, so that a model that has learned nothing yet scores nothing.
+
+
+def paired(predictions, labels):
+    """Both as arrays (n,). Raises ValueError: not of one length, not flat (NumPy would broadcast), or empty."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.ndim != 1 or predictions.shape != labels.shape:
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} must both be (n,)")
+    if not len(labels):
+        raise ValueError("there are no examples to score")
+    return predictions, labels
+
+
+def accuracy(predictions, labels):
+    """The fraction of predictions that are right."""
+    predictions, labels = paired(predictions, labels)
+    return float((predictions == labels).mean())
+
+
+def f1(predictions, labels):
+    """F1 of class 1: 2 tp / (2 tp + fp + fn) = 2 tp / (predicted 1s + labelled 1s)."""
+    predictions, labels = paired(predictions, labels)
+    found = int(((predictions == 1) & (labels == 1)).sum())
+    total = int((predictions == 1).sum() + (labels == 1).sum())
+    return 2 * found / total if total else 0.0
+
+
+def matthews(predictions, labels):
+    """Matthews' correlation of K ≥ 1 classes: (c n − Σ p_k t_k) / √((n² − Σ p_k²) (n² − Σ t_k²)).
+
+    c predictions of n are right; p_k of them say class k; t_k labels are class k.
+    """
+    predictions, labels = paired(predictions, labels)
+    n, right = len(labels), int((predictions == labels).sum())
+    classes, ids = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
+    p, t = (np.bincount(half, minlength=len(classes)) for half in ids.reshape(2, n))  # (K,) each
+    spread = int(n * n - p @ p) * int(n * n - t @ t)  # Python's integers: the product outgrows int64
+    return (right * n - int(p @ t)) / math.sqrt(spread) if spread else 0.0
+
+
+def direction(values):
+    """(n,) → values − mean, scaled to length 1; zeros where all values are equal."""
+    values = np.asarray(values, dtype=np.float64)
+    if (values == values[0]).all():  # asked exactly: a mean rounds, and would make a constant vary
+        return np.zeros_like(values)
+    values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])  # |values| ≤ 1, exactly: no square overflows
+    values = values - values[0]  # exact for nearly equal values, whose mean would swallow what they differ by
+    values = values - values.mean()
+    return values / np.linalg.norm(values)
+
+
+def pearson(predictions, labels):
+    """Pearson's correlation: the cosine of the two, each less its mean."""
+    predictions, labels = paired(predictions, labels)
+    return float(np.clip(direction(predictions) @ direction(labels), -1.0, 1.0))
+
+
+def ranks(values):
+    """(n,) → ranks from 1 to n; equal values share the mean of theirs."""
+    _, group, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[group]
+
+
+def spearman(predictions, labels):
+    """Spearman's correlation: Pearson's, of the ranks."""
+    predictions, labels = paired(predictions, labels)
+    return pearson(ranks(predictions), ranks(labels))
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    columns: tuple[str, ...]  # one text or two, by the Hub's column names
+    labels: tuple[str, ...]  # names in the order of the Hub's ids; () is a regression, of scores from 0 to 5
+    metrics: tuple[str, ...]
+    writes: str  # what the leaderboard takes: "ids", "names" or "scores"
+    test: dict[str, str]  # test split: its leaderboard file
+    validation: tuple[str, ...] = ("validation",)
+
+    @property
+    def outputs(self):
+        """The width of a head: one per class, or one for a regression."""
+        return len(self.labels) or 1
+
+
+ENTAILMENT = ("entailment", "not_entailment")
+NLI = ("entailment", "neutral", "contradiction")
+MATCHED = ("validation_matched", "validation_mismatched")
+MNLI = {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"}
+MCC, ACC, F1, CORR = ("matthews",), ("accuracy",), ("f1", "accuracy"), ("pearson", "spearman")
+
+# fmt: off
+TASKS = {task.name: task for task in (
+    Task("cola", ("sentence",),               ("unacceptable", "acceptable"),   MCC,  "ids",    {"test": "CoLA.tsv"}),
+    Task("sst2", ("sentence",),               ("negative", "positive"),         ACC,  "ids",    {"test": "SST-2.tsv"}),
+    Task("mrpc", ("sentence1", "sentence2"),  ("not_equivalent", "equivalent"), F1,   "ids",    {"test": "MRPC.tsv"}),
+    Task("stsb", ("sentence1", "sentence2"),  (),                               CORR, "scores", {"test": "STS-B.tsv"}),
+    Task("qqp",  ("question1", "question2"),  ("not_duplicate", "duplicate"),   F1,   "ids",    {"test": "QQP.tsv"}),
+    Task("mnli", ("premise", "hypothesis"),   NLI,                              ACC,  "names",  MNLI, MATCHED),
+    Task("qnli", ("question", "sentence"),    ENTAILMENT,                       ACC,  "names",  {"test": "QNLI.tsv"}),
+    Task("rte",  ("sentence1", "sentence2"),  ENTAILMENT,                       ACC,  "names",  {"test": "RTE.tsv"}),
+    Task("wnli", ("sentence1", "sentence2"),  ENTAILMENT[::-1],                 ACC,  "ids",    {"test": "WNLI.tsv"}),
+    Task("ax",   ("premise", "hypothesis"),   NLI,                              MCC,  "names",  {"test": "AX.tsv"}, ()),
+)}
+# fmt: on
+
+
+def find_task(name):
+    if name not in TASKS:
+        raise BadInput(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def allowed(task):
+    """What a label may be, for a message."""
+    return ", ".join(f"{i} {label}" for i, label in enumerate(task.labels)) or "scores from 0 to 5"
+
+
+def checked(task, values, what):
+    """`values` (n,) as the task's class ids (int64) or scores (float64); `what` is "prediction" or "label".
+
+    Raises BadInput with the first that is none: not finite, no id of the task, a hidden label; ValueError if not flat.
+    """
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise ValueError(f"{task.name}: {what}s must be (n,), not {values.shape}")
+    if values.dtype.kind not in ("iu" if task.labels else "iuf"):
+        raise BadInput(f"{task.name}: {what}s are {values.dtype}, not {'class ids' if task.labels else 'numbers'}")
+    low, high = (0, task.outputs - 1) if task.labels else (0, 5) if what == "label" else (-math.inf, math.inf)
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
+    if len(wrong):
+        must = f"allowed: {allowed(task)}" if math.isfinite(high) else "it must be finite (has training diverged?)"
+        raise BadInput(f"{task.name}: {what} {wrong[0]} is {values[wrong[0]]}; {must}")
+    return values.astype(np.int64 if task.labels else np.float64)
+
+
+def score(task, predictions, labels):
+    """The task's official metrics, each in [−1, 1], and "score", their mean × 100.
+
+    `task` is a name; predictions (n,) are class ids, for a regression floats. Raises BadInput: a prediction that is not
+    finite or no class of the task, a hidden label.
+    """
+    task = find_task(task)
+    predictions, labels = checked(task, predictions, "prediction"), checked(task, labels, "label")
+    values = {name: METRICS[name](predictions, labels) for name in task.metrics}
+    return values | {"score": 100 * sum(values.values()) / len(values)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class Examples:
+    task: str
+    split: str
+    texts: list[tuple[str, ...]] = field(repr=False)
+    labels: np.ndarray = field(repr=False)  # (n,) int64 ids in the order of TASKS, float32 scores; −1 where hidden
+
+    def __len__(self):
+        return len(self.texts)
+
+
+@contextlib.contextmanager
+def quiet():
+    """No progress bars, log lines or warnings of the loading libraries amid our own output."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def reason(error):
+    """What an error began with, in one line."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def split_files(folder):
+    """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like."""
+    splits = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.suffix in (".parquet", ".csv", ".json", ".jsonl"):
+            splits.setdefault(re.split("[-.]", path.name)[0], []).append(path.name)
+    return splits
+
+
+def read_splits(name, source):
+    """{split: datasets.Dataset} of a task, from a local folder or else from the Hub or its cache.
+
+    Raises BadInput for a folder or task that isn't there or can't be read, HubError for all that can fail at the Hub.
+    """
+    source, folder = str(source), Path(source).expanduser()
+    if not folder.is_dir() and (looks_like_path(source) or folder.exists()):
+        raise BadInput(f"there is no GLUE folder {source}")
+
+    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
+    import datasets
+
+    try:
+        with quiet():
+            if not folder.is_dir():
+                return datasets.load_dataset(source, name)
+            configs = datasets.get_dataset_config_names(str(folder))  # where a README says which files are which task's
+            if name in configs:
+                return datasets.load_dataset(str(folder), name)
+            folders = [path.name for path in folder.iterdir() if split_files(path)]  # where it doesn't, one for each
+            if name in folders:
+                return datasets.load_dataset(str(folder / name), data_files=split_files(folder / name))
+            tasks = sorted({*configs, *folders} - {"default"})
+    except Exception as e:  # each way to fail raises a class of its own, some of them other packages'
+        if empty := re.search(r'"(\w+)" corresponds to no data', str(e)):
+            raise BadInput(f"{name} {empty[1]} in {source} is empty") from None
+        if folder.is_dir():
+            raise BadInput(f"task {name!r} in {source} can't be read: {reason(e)}") from None
+        if "BuilderConfig" not in str(e):
+            raise HubError(f"dataset {source!r} can't be had from the Hub: {reason(e)}") from None
+        tasks = re.findall(r"'(\w+)'", str(e).partition("Available")[2])
+    raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or 'none'}")
+
+
+def label_ids(task, values, names, where):
+    """Labels as they stand in a dataset → (n,) ids in the order of TASKS, int64, or scores, float32.
+
+    `names` are the dataset's own label names in its id order: ids then go by name, whatever the order. Where it has
+    none, an int is an id of ours and a string a name. Raises BadInput with the first label that is neither, or is −1.
+    """
+    if task.labels:
+        ours = {label: i for i, label in enumerate(task.labels)}
+        known = {i: ours.get(n) for i, n in enumerate(names)} if names else ours | {i: i for i in ours.values()}
+        ids = [known.get(value) for value in values]
+    else:
+        ids = [v if isinstance(v, int | float) and 0 <= v <= 5 else None for v in values]
+    if None in ids:
+        row = ids.index(None)
+        value = values[row]
+        shown = f"{value} {names[value]}" if names and value in range(len(names)) else repr(value)
+        raise BadInput(f"{where}: row {row} has label {shown}; allowed: {allowed(task)}")
+    return np.array(ids, dtype=np.int64 if task.labels else np.float32)
+
+
+def load_task(name, source="nyu-mll/glue", split="train"):
+    """One split of a task, as Examples; `source` is a Hub id or a local folder.
+
+    "validation" and "test" mean the first of MNLI's two. The labels of a test split are always hidden: MRPC's are
+    public, and must never be selected on. Raises BadInput: no such folder, task, split or column, an empty split, a
+    missing text, a label that the task doesn't have; HubError, which is one: the Hub can't be reached, or refuses.
+    """
+    task = find_task(name)
+    named = {"validation": task.validation, "test": tuple(task.test)}
+    split = (*named.get(split, ()), split)[0]
+    splits = read_splits(name, source)
+    if split not in splits:
+        raise BadInput(f"{name} in {source} has no split {split!r}; it has {', '.join(splits)}")
+    rows, hidden, where = splits[split], "test" in split, f"{name} {split} in {source}"
+    for column in (*task.columns, *(() if hidden else ("label",))):
+        if column not in rows.column_names:
+            raise BadInput(f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}")
+
+    texts = list(zip(*(rows[column][:] for column in task.columns), strict=True))
+    for row, columns in enumerate(texts):
+        for column, text in zip(task.columns, columns, strict=True):
+            if not isinstance(text, str):
+                raise BadInput(f"{where}: row {row} has {text!r} in column {column!r} in place of text")
+    if hidden:
+        labels = np.full(len(rows), -1, dtype=np.int64 if task.labels else np.float32)
+    else:
+        labels = label_ids(task, rows["label"][:], getattr(rows.features["label"], "names", None), where)
+    return Examples(name, split, texts, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def load_tokenizer(folder):
+    """The tokenizer in folder/tokenizer.json. Raises BadInput: no such file, or a damaged one."""
+    path = Path(folder).expanduser() / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises Exception itself
+        raise BadInput(f"{path} can't be read as a tokenizer: {reason(e)}") from None
+    tokenizer.no_padding()  # some published files pad all to 128 and cut there
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer, texts, max_length):
+    """[(text,) or (text, text)] → [(ids, type ids)], special tokens in, the longer text of a pair cut first.
+
+    Raises BadInput where max_length leaves no room beside the special tokens. The tokenizer is left
+    without padding and truncation.
+    """
+    special = max((tokenizer.num_special_tokens_to_add(len(text) == 2) for text in texts), default=0)
+    if max_length <= special:
+        raise BadInput(f"max length {max_length} has no room for text: {special} special tokens are added to it")
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    try:
+        encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    finally:
+        tokenizer.no_truncation()
+    return [(encoding.ids, encoding.type_ids) for encoding in encodings]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@functools.lru_cache(maxsize=32)  # a step asks for it again and again; the answer is a function of the arguments alone
+def permutation(n, seed, task, epoch):
+    return np.random.default_rng((seed, zlib.crc32(task.encode()), epoch)).permutation(n)
+
+
+def batch_indices(n, batch_size, step, seed, task):
+    """(batch_size,) examples for one training step: a piece of an endless row of shuffled passes over range(n).
+
+    Position i of the row is permutation i // n at i % n. It is a function of the arguments alone: every method sees the
+    same batches, and a resumed run goes on without a sampler's state. A batch may span passes.
+    """
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    return np.concatenate([permutation(n, seed, task, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+
+
+def evaluation_batches(encoded, batch_size):
+    """Index arrays that cover `encoded` once: alike lengths together, to pad little; the longest first, so that what
+    doesn't fit in memory shows at once."""
+    order = np.argsort([-len(ids) for ids, _ in encoded], kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def collate(encoded, indices, labels, pad_id):
+    """Examples `indices` (b,) of a split, right-padded to their own longest (l).
+
+    Returns input_ids (b, l) int64, attention_mask (b, l) bool, token_type_ids (b, l) int64, labels (b,) as they come.
+    """
+    rows = [encoded[i] for i in indices]
+    lengths = torch.tensor([len(ids) for ids, _ in rows])  # (b,)
+    length = int(lengths.max())
+    input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows])  # (b, l)
+    token_type_ids = torch.tensor([types + [0] * (length - len(types)) for _, types in rows])  # (b, l)
+    attention_mask = torch.arange(length) < lengths[:, None]  # (b, l)
+    return input_ids, attention_mask, token_type_ids, torch.from_numpy(labels[indices])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaderboard files
+
+
+def write_submission(folder, task, predictions, split=None):
+    """Write predictions (n,) for a test split, in its order, under the leaderboard's file name; returns the path.
+
+    `task` is a name, `split` one of its test splits, the first if None. Class ids come out as the leaderboard wants
+    them, names or ids; scores are clipped to [0, 5] and have 3 decimals. Raises BadInput: not a test split, a bad
+    prediction, a folder that can't be written.
+    """
+    task = find_task(task)
+    split = next(iter(task.test)) if split is None else split
+    if split not in task.test:
+        raise BadInput(f"{task.name} has no leaderboard file for {split!r}; it has them for {', '.join(task.test)}")
+    predictions = checked(task, predictions, "prediction")
+    if task.writes == "scores":
+        cells = [f"{value:.3f}" for value in np.clip(predictions, 0.0, 5.0)]
+    elif task.writes == "names":
+        cells = [task.labels[i] for i in predictions]
+    else:
+        cells = [str(i) for i in predictions]
+    path = Path(folder) / task.test[split]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            lines = ["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells))]
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    except OSError as e:
+        raise BadInput(f"{path} can't be written: {e.strerror or e}") from None
+    return path

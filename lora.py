@@ -1,0 +1,134 @@
+"""LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
+
+Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that has `nn.Linear` layers inside, a
+`transformers` model included:
+
+    layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
+    ...
+    merge_lora(model)                                                      # plain nn.Linear again, W0 + scale * B A
+"""
+
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` and its low-rank update: W0 x + b + scale * B A dropout(x).
+
+    A: (r, in), Kaiming-uniform with a = sqrt(5), so U(-1/sqrt(in), 1/sqrt(in)); B: (out, r), zero: training starts from
+    the base layer exactly. scale = alpha / r, or alpha / sqrt(r) with `rslora` (arXiv 2312.03732).
+    Raises ValueError: a rank below 1, a dropout outside [0, 1).
+    """
+
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+        super().__init__()
+        if r < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"LoRA needs r >= 1 and 0 <= dropout < 1, got r={r}, dropout={dropout}")
+        self.base = base.requires_grad_(False)
+        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.A)  # (..., r)
+        return self.base(x) + self.scale * F.linear(low, self.B)
+
+    def delta(self):
+        """The change of W0: scale * B A, (out, in)."""
+        return self.scale * self.B @ self.A
+
+    @torch.no_grad()
+    def merged(self):
+        """A plain `nn.Linear` with weight W0 + scale * B A, in the base's dtype. This layer is left as it is."""
+        linear = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
+        linear.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
+        linear.bias = self.base.bias
+        return linear
+
+    def extra_repr(self):
+        return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
+
+
+FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
+
+
+def replace_module(module, path, new):
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, new)
+
+
+def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslora=False):
+    """Freeze `module` (give it the encoder, not the heads) and replace its target layers by `LoRALinear`.
+
+    targets: names; each `nn.Linear` whose path is one of them, or ends in "." and one of them, is replaced, as peft
+    matches; "all-linear" means every one; None means query and value under the names of the model's family.
+    layers: only these layer numbers (the first number in the path). Returns {path: LoRALinear}.
+    Raises ValueError before anything is changed: a target or layer that matches nothing, a module that has LoRA.
+    """
+    linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    if lora_layers(module):
+        raise ValueError("the module has LoRA layers already")
+    if targets is None:
+        targets = next((family for family in FAMILIES if set(family) <= set(names)), None)
+        if targets is None:
+            raise ValueError(f"no query and value layers known here; give targets out of {', '.join(names) or 'none'}")
+
+    def hit(path, target):
+        number = re.search(r"(?:^|\.)(\d+)\.", path)
+        wanted = layers is None or (number is not None and int(number[1]) in layers)
+        return wanted and (target == "all-linear" or path == target or path.endswith("." + target))
+
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    chosen = [path for path in linear if any(hit(path, target) for target in targets)]
+    for target in targets:
+        if not any(hit(path, target) for path in chosen):
+            among = "" if layers is None else f" in layers {sorted(layers)}"
+            raise ValueError(f"target {target!r} matches no linear layer{among}, only {', '.join(names) or 'none'}")
+    new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
+    module.requires_grad_(False)
+    for path, layer in new.items():
+        layer.train(linear[path].training)
+        replace_module(module, path, layer)
+    return new
+
+
+def lora_layers(model):
+    """{path: LoRALinear} of all there are in `model`."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def lora_parameters(model):
+    """Every A and B: A1, B1, A2, B2, ..."""
+    return [factor for layer in lora_layers(model).values() for factor in (layer.A, layer.B)]
+
+
+def blocks(model, unit="tensor"):
+    """The trainable factors as blocks for `OrthoLoRA`: what is projected as one vector.
+
+    unit: "tensor" each A and each B alone; "role" all A, all B; "joint" everything at once (PCGrad).
+    """
+    A = [layer.A for layer in lora_layers(model).values() if layer.A.requires_grad]
+    B = [layer.B for layer in lora_layers(model).values() if layer.B.requires_grad]
+    if unit == "tensor":
+        return [[p] for p in lora_parameters(model) if p.requires_grad]
+    if unit == "role":
+        return [role for role in (A, B) if role]
+    if unit == "joint":
+        return [A + B] if A + B else []
+    raise ValueError(f"unknown unit {unit!r}: tensor, role or joint")
+
+
+def merge_lora(model):
+    """Replace every `LoRALinear` in `model` by its `merged()` layer, in place (copy the model first to keep it)."""
+    for path, layer in lora_layers(model).items():
+        replace_module(model, path, layer.merged())
+    return model

@@ -1,0 +1,225 @@
+"""Ortho-LoRA: take each task's gradient, find the conflicting pairs, project them off one another.
+
+For every block of parameters (by default every LoRA factor, each A and each B, is a block of its own) and task i:
+
+    v_i = g_i;   for each other task j, in random order:   if <v_i, g_j> < 0:   v_i -= <v_i, g_j> / |g_j|^2 g_j
+
+and the optimizer gets sum_i v_i. The method: arXiv 2601.09684; the rule: PCGrad, arXiv 2001.06782.
+
+This file needs torch alone and is meant to be pasted. It reads in three steps: `project_conflicting` is the textbook,
+`projection_coefficients` the same for all blocks at once, `OrthoLoRA` the bookkeeping around `loss.backward()`.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+
+def project_conflicting(grads, order, sequential=False):
+    """One block, as the textbook has it.
+
+    grads: (T, n), row i is g_i. order: (T, T - 1), row i names the other tasks in the order in which g_i meets them.
+    Returns (T, n), row i is v_i. The g_j that v_i is held against is the original one (PCGrad's rule);
+    `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is at no angle to
+    anything, so <v_i, g_j> < 0 is false.
+    """
+    v = grads.clone()
+    references = v if sequential else grads
+    for i, others in enumerate(order):
+        for j in others:
+            dot, size = v[i] @ references[j], references[j] @ references[j]
+            if dot < 0 and size > 0:
+                v[i] -= dot / size * references[j]
+    return v
+
+
+def projection_coefficients(gram, order):
+    """The same in coefficient space: every v_i is a combination of the original gradients, v_i = sum_j C_ij g_j.
+
+    gram: (blocks, T, T), gram_ij = <g_i, g_j>. order: (T, T - 1), as above, for all blocks. Returns C, (blocks, T, T)
+    in float32 or better. All blocks and all tasks i move together, so this takes T - 1 dependent steps and never looks
+    at a number on the host. With no conflict C is exactly the identity.
+    """
+    gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    order = torch.as_tensor(order, device=gram.device)
+    C = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+    dots = gram.clone()  # (blocks, T, T): <v_i, g_j> = (C gram)_ij, kept up to date with C
+    sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_j|^2
+    for j in order.unbind(1):  # j: (T,), the task that each i meets now
+        here = j.expand(gram.shape[0], -1)  # (blocks, T)
+        dot, size = dots.gather(2, here[..., None]).squeeze(2), sizes.gather(1, here)
+        c = torch.where((dot < 0) & (size > 0), dot / size, 0.0)[..., None]  # NaN < 0 is false: see OrthoLoRA
+        C.scatter_add_(2, here[..., None], -c)
+        dots -= c * gram[:, j]
+    return C
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """Products of float32 in float32: no autocast, no TF32 or bf16 shortcut (whose switches are process-wide)."""
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [b for b in backends if hasattr(b, "fp32_precision")]  # torch >= 2.9; before, one switch for all
+    before = [b.fp32_precision for b in backends] or torch.get_float32_matmul_precision()
+    for b in backends:
+        b.fp32_precision = "ieee"
+    if not backends:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        for b, value in zip(backends, before, strict=False):
+            b.fp32_precision = value
+        if not backends:
+            torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class Conflicts:
+    """What one `project()` saw: tensors that stay on the device until someone reads them. T tasks, blocks as given.
+
+    cosines    (blocks, T, T)  of the original gradients; 0 where one of the two is zero
+    conflicts  (blocks, T, T)  bool: cosine < 0, so the diagonal is false
+    removed    (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
+    finite     (blocks, T)     bool: no NaN, no infinity, and no norm beyond float32, in task i's gradient of the block
+    """
+
+    cosines: torch.Tensor
+    conflicts: torch.Tensor
+    removed: torch.Tensor
+    finite: torch.Tensor
+    parameters: list
+
+    def check(self, model=None, tasks=None):
+        """Raise FloatingPointError if a gradient was not finite, naming task and parameter (by name, given the model).
+
+        This reads from the device, so it waits for it: call it when you log, not at every step.
+        """
+        bad = (~self.finite).nonzero()
+        if len(bad):
+            block, task = bad[0].tolist()
+            names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+            block_parameters = [names.get(id(p), f"a tensor {tuple(p.shape)}") for p in self.parameters[block]]
+            where = f"block {block}: {', '.join(block_parameters[:3])}{', …' * (len(block_parameters) > 3)}"
+            raise FloatingPointError(f"the gradient of task {tasks[task] if tasks else task} is not finite in {where}")
+
+
+class OrthoLoRA:
+    """Per-task gradients in, one projected gradient out.
+
+        ortho = OrthoLoRA(blocks, num_tasks=len(tasks))
+        for each step:
+            optimizer.zero_grad()
+            for t in range(len(tasks)):
+                loss(t).backward()
+                ortho.collect(t)
+            conflicts = ortho.project()
+            optimizer.step()
+
+    blocks: a list of lists of parameters. The tensors of one inner list are projected as one vector, so the unit of
+    projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] is by role, [[everything]]
+    is PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
+    weights: one number per task, g_t = w_t dL_t (default 1). generator: draws the random order (on the CPU).
+    sequential: hold v_i against v_j, not g_j; only for comparison, it runs the textbook block by block.
+    """
+
+    def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False):
+        self.blocks = [list(block) for block in blocks]
+        parameters = [p for block in self.blocks for p in block]
+        if not parameters or not all(self.blocks):
+            raise ValueError("OrthoLoRA: there is no parameter to project in blocks (or in one of them)")
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise ValueError("OrthoLoRA: a parameter is in more than one block")
+        if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
+            raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
+        self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
+        self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
+
+        # One buffer holds every task's gradient; blocks of one size lie side by side, to be seen as one (k, T, n).
+        sizes = [sum(p.numel() for p in block) for block in self.blocks]
+        places = sorted(range(len(sizes)), key=lambda b: sizes[b])  # stable
+        device, dtype = parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32)
+        self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=device)  # (T, P)
+        self.parameters = [p for b in places for p in self.blocks[b]]  # in the buffer's order
+        self.groups = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in places)]  # k blocks of n
+        self.back = torch.tensor(places, device=device).argsort()  # from the buffer's order to the caller's
+        self.views = [self._per_parameter(row) for row in self.rows]
+        self.written = [None] * len(parameters)
+
+    def _per_parameter(self, row):
+        """A vector (P,) as one view per parameter."""
+        parts = row.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def _groups(self, rows):
+        """(T, P) -> one view (k, T, n) for each size of block."""
+        parts = rows.split([k * n for k, n in self.groups], dim=1)
+        return [part.unflatten(1, kn).transpose(0, 1) for part, kn in zip(parts, self.groups, strict=True)]
+
+    @torch.no_grad()
+    def collect(self, task):
+        """After `task`'s backward(): add each parameter's .grad to the task's row, and clear it, without waiting.
+
+        Call it once for each micro-batch. Raises RuntimeError where .grad is still the tensor that `project` wrote.
+        """
+        for p, written in zip(self.parameters, self.written, strict=True):
+            if p.grad is not None and p.grad is written:
+                raise RuntimeError(
+                    "OrthoLoRA.collect: .grad still holds the last projected gradient; call optimizer.zero_grad() "
+                    "(with set_to_none=True, its default) before the first backward() of a step"
+                )
+        pairs = [(v, p.grad) for v, p in zip(self.views[task], self.parameters, strict=True) if p.grad is not None]
+        if pairs:
+            views, grads = zip(*pairs, strict=True)
+            torch._foreach_add_(views, [g.to(v.dtype) for v, g in pairs], alpha=self.weights[task])
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def project(self, order=None):
+        """Write sum_i v_i into every .grad, clear the rows, and return the `Conflicts`.
+
+        order: (T, T - 1) as in `project_conflicting`; by default drawn at random. A gradient that isn't finite is never
+        projected away: it makes .grad not finite as well, so GradScaler skips the step as it should.
+        With one task, or no conflict, a float32 .grad is, to the bit, the rows added from first to last.
+        """
+        order = self.random_order() if order is None else torch.as_tensor(order)
+        groups = self._groups(self.rows)
+        with full_float32(self.rows.device):
+            gram = torch.cat([g @ g.mT for g in groups])  # (blocks, T, T)
+        if self.sequential:
+            projected = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in groups]
+            update = torch.cat([v.sum(1).flatten() for v in projected])  # (P,)
+            gone = torch.cat([(g - v).square().sum(2) for g, v in zip(groups, projected, strict=True)])  # (blocks, T)
+        else:
+            C = projection_coefficients(gram, order.to(self.rows.device, non_blocking=True))
+            weights = C.sum(1).split([k for k, _ in self.groups])  # (k, T) each: sum_i v_i = sum_j (sum_i C_ij) g_j
+            update = torch.cat([combine(g, w).flatten() for g, w in zip(groups, weights, strict=True)])  # (P,)
+            D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # g_i - v_i = -sum_j D_ij g_j
+            gone = torch.einsum("bij,bjk,bik->bi", D, gram, D)
+        for i, (p, grad) in enumerate(zip(self.parameters, self._per_parameter(update), strict=True)):
+            p.grad = self.written[i] = grad.to(p.dtype)
+        self.rows.zero_()
+        return self.statistics(gram[self.back], gone[self.back])
+
+    def random_order(self):
+        """(T, T - 1): for each task the others, in an order drawn from `generator`."""
+        T = self.num_tasks
+        draws = torch.stack([torch.randperm(T, generator=self.generator) for _ in range(T)])  # (T, T)
+        return draws[draws != torch.arange(T)[:, None]].view(T, T - 1)
+
+    def statistics(self, gram, gone):
+        sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
+        norms = sizes.sqrt()
+        cosines = (gram / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0)
+        removed = (gone.clamp(min=0) / sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
+        return Conflicts(cosines, cosines < 0, removed, sizes.isfinite(), self.blocks)
+
+
+def combine(grads, weights):
+    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
+    out = grads[:, 0] * weights[:, 0, None]
+    for j in range(1, grads.shape[1]):
+        out.addcmul_(grads[:, j], weights[:, j, None])
+    return out

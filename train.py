@@ -1,0 +1,762 @@
+"""Train and compare: one shared LoRA adapter under joint training, PCGrad and Ortho-LoRA, and one adapter per task.
+
+    python train.py                                    roberta-base on four GLUE tasks from the Hub; offline, the demo
+    python train.py --demo                             the demo: a toy grammar and a tiny encoder, no network
+    python train.py --model FOLDER --glue FOLDER --tasks rte,mrpc --methods joint,ortho --seeds 0,1,2
+    python train.py --evaluate runs/demo/ortho/seed0   score saved adapters; --submit FOLDER: leaderboard files too
+
+It ends with a table, and leaves results.json, results.md, timing.json, log.jsonl and the adapters in the out folder.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import http.client
+import json
+import math
+import os
+import platform
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import lora
+from checkpoint import (
+    BadInput,
+    HubError,
+    find_checkpoint,
+    load_adapter,
+    looks_like_path,
+    read_header,
+    read_json,
+    save_adapter,
+    write_text,
+)
+from glue import (
+    TASKS,
+    batch_indices,
+    collate,
+    encode,
+    evaluation_batches,
+    load_task,
+    load_tokenizer,
+    score,
+    write_submission,
+)
+from model import MultiTaskModel, load_encoder
+from ortholora import OrthoLoRA
+from toy import make_demo
+
+METHODS = {  # name -> what it is, for the help text
+    "head": "frozen encoder, trained heads: the floor",
+    "single": "one adapter per task: what joint training is to be measured against",
+    "joint": "one shared adapter, the tasks' gradients added",
+    "pcgrad": "one shared adapter, all its factors projected as one vector",
+    "ortho": "one shared adapter, each factor A and B projected alone: Ortho-LoRA",
+}
+
+
+def setting(default, text, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Settings:
+    """Everything that can be set; each line is a flag, and its text the --help."""
+
+    # what
+    model: str = setting("roberta-base", "checkpoint folder or Hub id: BERT, RoBERTa, XLM-R or DistilBERT")
+    revision: str = setting("main", "the model's revision on the Hub")
+    glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
+    tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
+    methods: str = setting("head,single,joint,ortho", "out of " + "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
+    # adapter
+    rank: int = setting(8, "r of every LoRA layer")
+    alpha: float = setting(16.0, "scale = alpha / rank")
+    rslora: bool = setting(False, "scale = alpha / sqrt(rank) instead")
+    targets: str = setting("", "linear layers to adapt, by name, or all-linear; default: query and value")
+    dropout: float = setting(0.0, "on the input of A, in training")
+    # projection
+    unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "role", "joint"])
+    factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
+    sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals")
+    combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
+    task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
+    # training
+    steps: int = setting(600, "optimizer steps; each draws one batch from every task")
+    batch_size: int = setting(16, "examples per task and step")
+    lr: float = setting(5e-4, "peak learning rate, for adapter and heads")
+    warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly")
+    optimizer: str = setting("adamw", "SGD has momentum 0.9", choices=["adamw", "sgd"])
+    weight_decay: float = setting(0.01, "AdamW's, decoupled")
+    clip: float = setting(1.0, "largest norm of the whole gradient, after the projection; 0: no clipping")
+    max_length: int = setting(128, "tokens; longer pairs lose tokens from the longer sentence first")
+    seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
+    # how
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", "of training, bf16 by autocast; auto: bf16 on a GPU", choices=["auto", "fp32", "bf16"])
+    holdout: int = setting(0, "hold this many training rows of each task out and score on them: to choose settings by")
+    out: str = setting("", "out folder; default: runs/demo, or runs/MODEL-DATE-TIME")
+    demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
+    evaluate: str = setting("", "score a saved adapter folder (or a folder of them) instead of training")
+    submit: str = setting("", "with --evaluate: write the leaderboard's files for the test splits into this folder")
+
+
+DEMO = {  # what the demo changes
+    "tasks": "sst2,mrpc,mnli,stsb", "methods": "head,single,joint,pcgrad,ortho", "steps": 200, "lr": 3e-3,
+    "max_length": 64, "seeds": "0,1,2",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def parse(argv):
+    """The flags that were given, as {name: value}."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    for f in dataclasses.fields(Settings):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            shown = f" [{f.default}]" if f.default != "" else ""
+            parser.add_argument(flag, type=f.type, help=text + shown, choices=f.metadata.get("choices"))
+    return vars(parser.parse_args(argv))
+
+
+def names(text, known, what):
+    """'a, b' -> ['a', 'b'], each in `known` and none twice."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    for name in found:
+        if name not in known:
+            raise BadInput(f"unknown {what} {name!r}; there are {', '.join(known)}")
+    if not found or len(set(found)) < len(found):
+        raise BadInput(f"--{what}s {text!r}: give each {what} once, at least one")
+    return found
+
+
+def numbers(text, kind, flag):
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{flag} {text!r} is not a list of numbers such as 0,1,2") from None
+    if not all(math.isfinite(v) and v >= 0 for v in values):
+        raise BadInput(f"{flag} {text!r}: negative or not finite")
+    return values
+
+
+def check(s):
+    """Every setting that can be judged by itself. Raises BadInput."""
+    for flag in ("rank", "steps", "batch_size"):
+        if getattr(s, flag) < 1:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: at least 1 is needed")
+    if s.max_length < 8:
+        raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
+    for flag, low, high in (("alpha", 0, 1e6), ("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("clip", 0, math.inf),
+                            ("warmup", 0, 1), ("dropout", 0, 0.99), ("holdout", 0, 1e9)):  # fmt: skip
+        if not low <= getattr(s, flag) <= high:  # NaN is not
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
+    tasks = names(s.tasks, TASKS, "task")
+    names(s.methods, METHODS, "method")
+    seeds = numbers(s.seeds, int, "--seeds")
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds {s.seeds}: give each seed once")
+    if s.task_weights and len(numbers(s.task_weights, float, "--task-weights")) != len(tasks):
+        raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
+    if s.submit and not s.evaluate:
+        raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
+
+
+def find_device(name):
+    """torch.device for --device. Raises BadInput where there is none of that kind."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def hub_answers(seconds=5):
+    """Whether the Hub answers at all. The libraries retry for 25 seconds before they give up, so ask once ourselves."""
+    url, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answers.append(True)
+        except urllib.error.HTTPError as e:
+            answers.append(e.code < 500)
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout, so wait for it from outside
+    thread.start()
+    thread.join(seconds)
+    return bool(answers) and answers[0]
+
+
+def go_offline_if_hub_is_down(*sources):
+    """Where something must come from the Hub and it does not answer, let the libraries look in their caches alone."""
+    remote = [x for x in sources if not (looks_like_path(x) or Path(x).exists())]
+    if remote and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's libraries when they are imported, which is later
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class TaskData:
+    """One task, tokenized. Encoded: a list of (ids, type ids); labels: (n,)."""
+
+    name: str
+    train: list
+    train_labels: np.ndarray
+    test: list  # what is scored: the validation split, or training rows held out
+    test_labels: np.ndarray
+
+    @property
+    def regression(self):
+        return TASKS[self.name].outputs == 1
+
+    def guess(self):
+        """The most frequent training label, or the mean one: what there is to say without reading the sentence."""
+        return float(self.train_labels.mean()) if self.regression else int(np.bincount(self.train_labels).argmax())
+
+    def variance(self):
+        """What mean squared error is divided by, so that saying the mean label costs 1: near ln 2 and ln 3."""
+        return float(self.train_labels.var()) or 1.0
+
+
+def load_data(name, s, tokenizer):
+    train = load_task(name, s.glue, "train")
+    encoded = encode(tokenizer, train.texts, s.max_length)
+    if (train.labels < 0).any():
+        raise BadInput(f"{name}: training rows without labels in {s.glue}")
+    if s.holdout:
+        if s.holdout >= len(encoded):
+            raise BadInput(f"--holdout {s.holdout}: {name} has only {len(encoded)} training rows")
+        shuffled = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
+        held, kept = shuffled[: s.holdout], shuffled[s.holdout :]
+        pick = lambda rows: ([encoded[i] for i in rows], train.labels[rows])  # noqa: E731
+        return TaskData(name, *pick(kept), *pick(held))
+    validation = load_task(name, s.glue, "validation")
+    if (validation.labels < 0).any():
+        raise BadInput(f"{name}: validation rows without labels in {s.glue}; nothing to score on")
+    return TaskData(name, encoded, train.labels, encode(tokenizer, validation.texts, s.max_length), validation.labels)
+
+
+def to_device(batch, device):
+    return [x.to(device, non_blocking=True) for x in batch]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build(method, encoder, tasks, seed, s):
+    """A copy of the encoder with LoRA, and a head for each of `tasks`, on the encoder's device.
+
+    A depends on the seed alone and a head on the seed and its task, so every method starts from the same numbers.
+    """
+    torch.manual_seed(seed)
+    model = MultiTaskModel(copy.deepcopy(encoder), {})
+    targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
+    try:
+        lora.add_lora(model.encoder, targets if targets != ["all-linear"] else "all-linear",
+                      s.rank, s.alpha, s.dropout, rslora=s.rslora)  # fmt: skip
+    except ValueError as e:
+        raise BadInput(f"--targets {s.targets}: {e}") from None
+    for data in tasks:
+        torch.manual_seed(zlib.crc32(f"{data.name} {seed}".encode()))
+        model.add_head(data.name, TASKS[data.name].outputs)
+        if data.regression:  # start from the mean label; its distance from 0 is nothing to learn
+            torch.nn.init.constant_(model.heads[data.name].out.bias, data.guess())
+    if method == "head":
+        model.encoder.requires_grad_(False)
+    torch.manual_seed(seed)  # dropout
+    return model.to(next(encoder.parameters()).device)
+
+
+def projected_blocks(model, method, s):
+    """The blocks for `OrthoLoRA`, and a name for each."""
+    if method not in ("pcgrad", "ortho"):
+        return [], []
+    unit = "joint" if method == "pcgrad" else s.unit
+    layers = lora.lora_layers(model.encoder)
+    A = {id(layer.A) for layer in layers.values()}
+    wanted = lambda p: ("A" if id(p) in A else "B") in s.factors  # noqa: E731
+    blocks = [[p for p in block if wanted(p)] for block in lora.blocks(model, unit)]
+    paths = {"tensor": [f"{path}.{factor}" for path in layers for factor in "AB"], "role": ["A", "B"], "joint": ["AB"]}
+    kept = [(name, block) for name, block in zip(paths[unit], blocks, strict=True) if block]
+    return [block for _, block in kept], [name for name, _ in kept]
+
+
+def loss_of(data, logits, labels):
+    if data.regression:
+        return F.mse_loss(logits.float().squeeze(1), labels) / data.variance()
+    return F.cross_entropy(logits.float(), labels)
+
+
+@torch.inference_mode()
+def predict(model, task, encoded, device):
+    """Class ids, or scores: (n,). Always float32, whatever the training was in."""
+    model.eval()
+    out = np.zeros(len(encoded), np.float32 if TASKS[task].outputs == 1 else np.int64)
+    pad_id = model.encoder.config.pad_id
+    for rows in evaluation_batches(encoded, 64):
+        ids, mask, types, _ = to_device(collate(encoded, rows, out, pad_id), device)
+        logits = model(task, ids, mask, types)  # (batch, outputs)
+        out[rows] = (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).cpu().numpy()
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def rate_at(step, s):
+    """The learning rate's factor: up linearly in the warm-up, then down to 0."""
+    warm = max(1, round(s.warmup * s.steps))
+    return min((step + 1) / warm, (s.steps - step) / max(1, s.steps - warm + 1))
+
+
+def train(method, encoder, tasks, seed, s, log, bar):
+    """Train one model on `tasks` (one of them, for `single`). Returns (model, conflict statistics or None, s/step)."""
+    device = next(encoder.parameters()).device
+    model = build(method, encoder, tasks, seed, s)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if s.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=0.9)
+    weights = dict(zip(s.tasks.split(","), numbers(s.task_weights, float, ""), strict=True)) if s.task_weights else {}
+    blocks, block_names = projected_blocks(model, method, s)
+    ortho = None
+    if blocks:
+        share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" else None
+        generator = torch.Generator().manual_seed(seed)
+        ortho = OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
+    totals, times = None, []
+
+    for step in range(s.steps):
+        model.train()
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        losses = {}
+        for t, data in enumerate(tasks):
+            rows = batch_indices(len(data.train), s.batch_size, step, seed, data.name)
+            batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
+            ids, mask, types, labels = to_device(batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
+                logits = model(data.name, ids, mask, types)
+            loss = loss_of(data, logits, labels)
+            (weights.get(data.name, 1.0) * loss).backward()
+            if ortho:
+                ortho.collect(t)  # .grad of A and B moves to row t; the head keeps its own
+            losses[data.name] = loss.detach()
+            bar.update()
+        if ortho:
+            conflicts = ortho.project()
+            seen = [conflicts.conflicts.float(), conflicts.cosines, conflicts.removed]
+            totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * rate_at(step, s)
+        optimizer.step()
+
+        if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
+            values = {name: loss.item() for name, loss in losses.items()}
+            if ortho:
+                conflicts.check(model, [data.name for data in tasks])
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"the loss of {name} is {value}")
+            entry = {"method": method, "seed": seed, "step": step, "lr": s.lr * rate_at(step, s), "loss": values,
+                     "grad_norm": norm.item()}  # fmt: skip
+            if ortho:
+                entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
+            print(json.dumps(entry), file=log, flush=True)
+        if device.type == "cuda" and step in (0, s.steps - 1):
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+
+    seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
+    stats = None if totals is None else statistics(totals, block_names, [d.name for d in tasks], s.steps)
+    return model, stats, seconds
+
+
+def share_of_pairs(x):
+    """(blocks, T, T), symmetric with an empty diagonal counted -> (blocks,), the mean over pairs i < j."""
+    T = x.shape[1]
+    return x.triu(1).sum((1, 2)) / max(1, T * (T - 1) // 2)
+
+
+def statistics(totals, block_names, task_names, steps):
+    """Means over the steps: by block [conflict rate, cosine, removed norm], by task pair the conflict rate."""
+    rate, cosine, removed = [x.double().cpu() / steps for x in totals]
+    columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
+    pairs = {f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
+             for i, a in enumerate(task_names) for j, b in enumerate(task_names) if i < j}  # fmt: skip
+    return {
+        "rate": round(columns[0].mean().item(), 6),
+        "cosine": round(columns[1].mean().item(), 6),
+        "removed": round(columns[2].mean().item(), 6),
+        "pairs": pairs,
+        "blocks": {name: [round(c[b].item(), 6) for c in columns] for b, name in enumerate(block_names)},
+    }
+
+
+def run_method(method, encoder, tasks, seed, s, out, log, bar):
+    """Train and score one method with one seed: its entry for results.json, and its timing."""
+    reset_peak_memory(encoder)
+    entry = {"tasks": {}, "average": 0.0, "adapter_parameters": 0, "head_parameters": 0}
+    seconds = 0.0
+    for group in [[data] for data in tasks] if method == "single" else [tasks]:
+        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if method == "single" else ""))
+        model, stats, per_step = train(method, encoder, group, seed, s, log, bar)
+        seconds += per_step
+        if stats:
+            entry["conflicts"] = stats
+        trained = [p for p in lora.lora_parameters(model) if p.requires_grad]
+        entry["adapter_parameters"] += sum(p.numel() for p in trained)
+        entry["head_parameters"] += sum(p.numel() for p in model.heads.parameters())
+        for data in group:
+            predictions = predict(model, data.name, data.test, next(encoder.parameters()).device)
+            entry["tasks"][data.name] = score(data.name, predictions, data.test_labels)
+            metadata = {"method": method, "seed": str(seed), "glue": s.glue, "max_length": str(s.max_length)}
+            save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+    entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
+    return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(encoder)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def reset_peak_memory(encoder):
+    device = next(encoder.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the process's peak
+
+
+def peak_memory(encoder):
+    """Bytes: of the GPU's allocator, or of the whole process; None where the system doesn't say."""
+    device = next(encoder.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def estimate(encoder, tasks, methods, seeds, s):
+    """Seconds that the whole run will take, from a few batches timed."""
+    device = next(encoder.parameters()).device
+    model = build("joint", encoder, tasks, 0, s)
+    model.train()
+    times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
+    for backward in (True, False):
+        for data in tasks:
+            for step in range(3):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                begin = time.perf_counter()
+                rows = batch_indices(len(data.train), s.batch_size, step, 0, data.name)
+                batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
+                ids, mask, types, labels = to_device(batch, device)
+                with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, s.dtype == "bf16"):
+                    loss = loss_of(data, model(data.name, ids, mask, types), labels)
+                if backward:
+                    loss.backward()
+                loss.item()
+                if step:  # the first one warms up
+                    times[backward] += (time.perf_counter() - begin) / 2
+    steps = sum(times[method != "head"] for method in methods) * s.steps
+    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.test) for d in tasks) * len(methods)
+    return (steps + scoring) * len(seeds)
+
+
+def clock(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def mean_and_spread(values, digits=1):
+    """'71.3 ± 0.8' (sample standard deviation), or '71.3' for one value."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def gap_recovered(single, joint, other):
+    """How much of the gap between joint and single-task training `other` closes; averages per seed, paired.
+
+    (other - joint) / (single - joint) of the means, with its spread over seeds, where the gap is there: at least 3
+    seeds, and a mean of more than twice its standard error. Otherwise the points themselves, and why.
+    """
+    single, joint, other = (np.asarray(x, float) for x in (single, joint, other))
+    gap, gain, n = single - joint, other - joint, len(joint)
+    points = f"{gain.mean():+.1f} of {gap.mean():+.1f} points"
+    if n < 3:
+        return f"{points} ({'one seed' if n == 1 else 'two seeds'})"
+    if gap.mean() <= 2 * gap.std(ddof=1) / math.sqrt(n):
+        return f"{points} (no gap to recover)"
+    share = 100 * gain / gap.mean()
+    return f"{share.mean():.0f} ± {share.std(ddof=1):.0f} %"
+
+
+def markdown(rows):
+    """Rows of cells as an aligned Markdown table; the first row is the header, the first column the names."""
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in
+             enumerate(zip(row, widths, strict=True))) + " |" for row in rows]  # fmt: skip
+    rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def table(results, timing):
+    """Rows: methods; columns: tasks, average, gap recovered, parameters, time and memory."""
+    tasks, runs = results["tasks"], results["methods"]
+    rows = [["method", *tasks, "average", "gap recovered", "adapter", "heads", "step time", "memory"]]
+    guess = results["majority"]
+    rows.append(["majority class", *(f"{guess[t]['score']:.1f}" for t in tasks),
+                 f"{np.mean([guess[t]['score'] for t in tasks]):.1f}", *[""] * 5])  # fmt: skip
+    averages = {m: [run["average"] for run in seeds.values()] for m, seeds in runs.items()}
+    base = next((m for m in ("joint", *runs) if m in runs), None)
+    step = {m: np.mean([t["seconds_per_step"] for t in timing["methods"][m].values()]) for m in runs}
+    for method, seeds in runs.items():
+        first = next(iter(seeds.values()))
+        gap = "—"
+        if method not in ("head", "single", "joint") and {"single", "joint"} <= runs.keys():
+            gap = gap_recovered(averages["single"], averages["joint"], averages[method])
+        memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
+        rows.append([
+            method, *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
+            mean_and_spread(averages[method]), gap, f"{first['adapter_parameters']:,}", f"{first['head_parameters']:,}",
+            f"{step[method] / step[base]:.2f}", "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
+        ])  # fmt: skip
+    return markdown(rows)
+
+
+def picture(results, method="ortho"):
+    """Where conflicts occur: layer x factor, in text; and by task pair."""
+    runs = [run["conflicts"] for run in results["methods"].get(method, {}).values() if "conflicts" in run]
+    if not runs or len(results["tasks"]) < 2:
+        return ""
+    rates = {name: np.mean([run["blocks"][name][0] for run in runs]) for name in runs[0]["blocks"]}
+    layers, factors = {}, sorted({name.rpartition(".")[2] for name in rates})
+    for name, rate in rates.items():
+        number = next((part for part in name.split(".") if part.isdigit()), "all")
+        layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
+    lines = [f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds",
+             "", "layer  " + "".join(f"{f:<32}" for f in factors)]  # fmt: skip
+    for number, found in layers.items():
+        cells = []
+        for factor in factors:
+            rate = np.mean(found.get(factor, [0.0]))
+            bar = "█" * round(20 * rate) + "·" * (20 - round(20 * rate))
+            cells.append(f"{bar} {100 * rate:3.0f} %".ljust(32))
+        lines.append(f"{number:>5}  " + "".join(cells))
+    pairs = {p: 100 * np.mean([run["pairs"][p] for run in runs]) for p in runs[0]["pairs"]}
+    removed = 100 * np.mean([run["removed"] for run in runs])
+    lines += ["", "by task pair: " + ", ".join(f"{p} {v:.0f} %" for p, v in sorted(pairs.items(), key=lambda x: -x[1])),
+              f"the projection took {removed:.0f} % of a task's gradient norm, on average"]  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report(results, timing):
+    """results.md, and what the run prints at its end."""
+    s, demo = results["settings"], results["demo"]
+    what = "the demo: a toy grammar and a tiny encoder, not GLUE" if demo else f"{s['model']} on {s['glue']}"
+    seeds = results["seeds"]
+    scored = f"{s['holdout']} held-out training rows per task" if s["holdout"] else "the validation split"
+    parts = [
+        f"## {what[0].upper() + what[1:]}" if demo else f"## {what}",
+        f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}, on {scored}: "
+        + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
+        + f", {s['dtype']} on {timing['hardware']}.",
+        table(results, timing),
+        "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
+        + f"{'joint' if 'joint' in results['methods'] else 'the first method'}, all tasks' batches together. memory: "
+        + ("the GPU allocator's peak." if "cuda" in timing["device"] else "the process's peak."),
+        picture(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The jobs
+
+
+def prepare(s, device):
+    """(encoder, tasks): everything that can fail on bad input has been read when this returns."""
+    go_offline_if_hub_is_down(s.model, s.glue)
+    folder = find_checkpoint(s.model, s.revision)
+    tokenizer = load_tokenizer(folder)
+    encoder = load_encoder(folder)
+    if s.max_length > encoder.config.max_length:
+        raise BadInput(f"--max-length {s.max_length}: {s.model} takes at most {encoder.config.max_length} tokens")
+    if tokenizer.get_vocab_size() > encoder.config.vocabulary:
+        raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
+                       f"{encoder.config.vocabulary}")  # fmt: skip
+    tasks = [load_data(name, s, tokenizer) for name in names(s.tasks, TASKS, "task")]
+    return encoder.to(device), tasks
+
+
+def compare(s):
+    """Train every method with every seed, and print the table."""
+    device = find_device(s.device)
+    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    methods, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
+    encoder, tasks = prepare(s, device)
+    seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
+    out = Path(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as e:
+        raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
+
+    for data in tasks:
+        print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.test)} to score on")
+    print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
+          f"about {clock(seconds)}", flush=True)  # fmt: skip
+    unshown = ("out", "evaluate", "submit", "demo", "device")
+    shown = {k: v for k, v in dataclasses.asdict(s).items() if k not in unshown}
+    results = {
+        "settings": shown, "demo": s.demo, "device": device.type, "tasks": [d.name for d in tasks], "seeds": seeds,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "majority": {d.name: score(d.name, np.full(len(d.test), d.guess()), d.test_labels) for d in tasks},
+        "methods": {m: {} for m in methods},
+    }  # fmt: skip
+    timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
+              "methods": {m: {} for m in methods}}  # fmt: skip
+    begin = time.perf_counter()
+    with log, tqdm(total=len(methods) * len(seeds) * s.steps * len(tasks), unit="batch", smoothing=0.05,
+                   mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
+        for seed in seeds:
+            for method in methods:
+                entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar)
+                results["methods"][method][seed] = entry
+                timing["methods"][method][seed] = timed
+    timing["seconds"] = time.perf_counter() - begin
+    results["summary"] = {
+        m: {"average": mean_and_spread([r["average"] for r in runs.values()], 2),
+            **{d.name: mean_and_spread([r["tasks"][d.name]["score"] for r in runs.values()], 2) for d in tasks}}
+        for m, runs in results["methods"].items()
+    }  # fmt: skip
+    text = report(results, timing)
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
+    write_text(out / "results.md", text)
+    print(f"\n{text}\nin {out}: results.json, results.md, timing.json, log.jsonl, METHOD/seedN/TASK: adapters")
+
+
+def evaluate(s, given):
+    """Score saved adapters on the split that the table used, and write leaderboard files if asked."""
+    folder = Path(s.evaluate)
+    adapters = [folder] if (folder / "adapter_config.json").exists() else sorted(
+        p.parent for p in folder.glob("*/adapter_config.json"))  # fmt: skip
+    if not adapters:
+        raise BadInput(f"--evaluate {folder}: no adapter_config.json there, nor in a folder inside it")
+    device, loaded = find_device(s.device), {}
+    rows = [["adapter", "task", "split", "metrics", "score"]]
+    for adapter in adapters:
+        _, metadata, _ = read_header(adapter / "adapter_model.safetensors")
+        task = metadata.get("task") if "tasks" not in given or len(adapters) > 1 else given["tasks"]
+        if task not in TASKS:
+            raise BadInput(f"{adapter} does not say its task, and --tasks {task} is not one of {', '.join(TASKS)}")
+        config = read_json(adapter / "adapter_config.json")
+        base = given.get("model") or config.get("base_model_name_or_path") or s.model
+        source = given.get("glue") or metadata.get("glue") or s.glue
+        max_length = given.get("max_length") or int(metadata.get("max_length", s.max_length))
+        if base not in loaded:
+            go_offline_if_hub_is_down(base, source)
+            checkpoint = find_checkpoint(base, s.revision)
+            loaded[base] = load_encoder(checkpoint, quiet=True), load_tokenizer(checkpoint)
+        encoder, tokenizer = loaded[base]
+        model = MultiTaskModel(copy.deepcopy(encoder), {})
+        model.add_head(task, TASKS[task].outputs)
+        load_adapter(model, adapter, task)
+        model.to(device)
+        for split in TASKS[task].validation:
+            examples = load_task(task, source, split)
+            encoded = encode(tokenizer, examples.texts, max_length)
+            scores = score(task, predict(model, task, encoded, device), examples.labels)
+            metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
+            rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
+        for split in TASKS[task].test if s.submit else ():
+            examples = load_task(task, source, split)
+            predictions = predict(model, task, encode(tokenizer, examples.texts, max_length), device)
+            print("wrote", write_submission(s.submit, task, predictions, split))
+    print(markdown(rows))
+
+
+def main(argv=None):
+    given = parse(argv)
+    s = Settings(**given)
+    try:
+        check(s)
+        if s.evaluate:
+            return evaluate(s, given)
+        if not s.demo:
+            bare = not {"model", "glue", "tasks"} & given.keys()
+            try:
+                return compare(s)
+            except HubError as e:
+                if not bare:
+                    raise
+                print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
+                      "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
+        s = Settings(**{**DEMO, **given, "demo": True})
+        check(s)
+        s.out = s.out or "runs/demo"
+        folder = make_demo(Path(s.out) / "demo")
+        s.model, s.glue = str(folder / "model"), str(folder / "glue")
+        return compare(s)
+    except BadInput as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"train.py: {e}; a smaller --lr may help", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
