@@ -85,28 +85,37 @@ def read_header(path):
     def bad(what):
         return BadInput(f"{path} is not a complete safetensors file: {what}")
 
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise bad("its header has a key twice")
+        return dict(pairs)
+
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise bad(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length).decode(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise BadInput(f"{path.parent} has no {path.name}") from None
     except OSError as e:
         raise BadInput(f"{path} can't be read: {e.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except BadInput:
+        raise
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of 5000 digits, 5000 brackets
         raise bad("its header is not JSON") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("its __metadata__ is not names and texts")
 
     entries = {}
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+            whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end])
         except (KeyError, TypeError, ValueError):
             raise bad(f"tensor {name!r} has no readable dtype, shape and offsets") from None
         if not whole or end - begin != math.prod(shape) * dtype.itemsize:
@@ -141,11 +150,18 @@ def read_safetensors(path):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor}, atomically. `metadata`: {str: str}, beside the "format": "pt" that older readers want."""
+    """Write {name: tensor}, atomically. `metadata`: {str: str}, beside the "format": "pt" that older readers want.
+
+    Raises TypeError: metadata that is no text, a tensor of a type that DTYPES has no name for.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
+    if not all(isinstance(text, str) for text in (metadata or {}).values()):
+        raise TypeError(f"metadata must be texts, not {metadata}")
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # widest first: aligned
     for name, tensor in ordered:
+        if tensor.dtype not in names:
+            raise TypeError(f"tensor {name!r} is of type {tensor.dtype}")
         end = offset + tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -170,10 +186,10 @@ def find_checkpoint(path_or_id, revision="main"):
 
     Raises BadInput for a folder that isn't there, HubError for all that can go wrong with the Hub.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    if looks_like_path(str(path_or_id)) or folder.exists():
+    folder = os.path.expanduser(path_or_id)
+    if os.path.isdir(folder):
+        return Path(folder)
+    if looks_like_path(str(path_or_id)) or os.path.exists(folder):
         raise BadInput(f"there is no model folder {path_or_id}")
 
     # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
@@ -213,7 +229,9 @@ def find_checkpoint(path_or_id, revision="main"):
         raise HubError(f"model {path_or_id!r} has no revision {revision!r}") from None
     except hub.HFValidationError:
         raise BadInput(f"{path_or_id!r} is neither a folder nor a Hub id") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as e:
+    except BadInput:
+        raise
+    except Exception as e:  # no network, a proxy, a full disk: classes of several packages
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise HubError(f"model {path_or_id!r} can't be had from the Hub: {reason}") from None
 
@@ -246,10 +264,11 @@ def read_weights(folder):
     try:
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load has no error of its own for a damaged or a malicious file
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise BadInput(f"{pickled} can't be read as plain weights: {reason}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise BadInput(f"{pickled} should hold a dictionary of tensors")
+        raise BadInput(f"{pickled} is damaged, or holds more than tensors ({type(e).__name__})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) for n in tensors) or not all(
+        isinstance(t, torch.Tensor) and t.layout == torch.strided for t in tensors.values()
+    ):  # fmt: skip
+        raise BadInput(f"{pickled} should hold a dictionary of names and tensors")
     return tensors
 
 
@@ -258,6 +277,11 @@ def read_weights(folder):
 # model, so the encoder's own paths (which are the Hugging Face ones) get the family's prefix, and a head's get none.
 
 ROOT = "base_model.model."
+VARIANTS = (  # settings of peft that change what its layers compute, or which layers there are
+    "use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
+)  # fmt: skip
 
 
 def short_targets(model, layers):
@@ -274,9 +298,9 @@ def save_adapter(model, folder, task, base="", metadata=None):
 
     model: a MultiTaskModel; base: what to name as the base model; metadata: {str: str} for the weight file's header.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     prefix, layers = model.encoder.config.prefix, lora_layers(model.encoder)
+    if len({layer.rslora for layer in layers.values()}) != 1:
+        raise ValueError("save_adapter: no LoRA layers, or some with rslora and some without")
     tensors = {}
     for path, layer in layers.items():
         tensors[f"{ROOT}{prefix}{path}.lora_A.weight"] = layer.A.detach().float()
@@ -284,21 +308,23 @@ def save_adapter(model, folder, task, base="", metadata=None):
     head = model.heads[task].state_dict()
     tensors |= {ROOT + name: tensor.float() for name, tensor in head.items()}
     first = next(iter(layers.values()))
-    if any((m.r, m.alpha, m.rslora) != (first.r, first.alpha, first.rslora) for m in layers.values()):
-        raise ValueError("save_adapter: layers of unequal rank or alpha in one adapter")
     config = {
         "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(base), "r": first.r,
         "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora, "bias": "none",
         "inference_mode": True, "target_modules": short_targets(model, layers),
         "modules_to_save": model.heads[task].saved,
+        "rank_pattern": {prefix + path: m.r for path, m in layers.items() if m.r != first.r},
+        "alpha_pattern": {prefix + path: m.alpha for path, m in layers.items() if m.alpha != first.alpha},
     }  # fmt: skip
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"task": task, **(metadata or {})})
     write_text(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
     return folder
 
 
 def pattern(config, key, path, default):
-    """peft's rank_pattern / alpha_pattern: the value whose key the end of `path` matches, else the default."""
+    """peft's rank_pattern / alpha_pattern: the value whose key, a regex, matches the end of `path`, or the default."""
     for name, value in (config.get(key) or {}).items():
         if re.fullmatch(rf"(.*\.)?({name})", path):
             return value
@@ -309,8 +335,11 @@ def load_adapter(model, folder, task=None):
     """Insert an adapter folder's LoRA layers into `model.encoder` and fill them, and the head of `task`, if given.
 
     Reads what `save_adapter` and `peft` write: plain and rsLoRA scaling, any linear layers, rank and alpha patterns.
-    Everything is checked before the model is touched. Returns {path: LoRALinear}. Raises BadInput.
+    Everything is checked before the model is touched. Returns {path: LoRALinear}. Raises BadInput; ValueError where the
+    encoder has LoRA layers already.
     """
+    if lora_layers(model.encoder):
+        raise ValueError("load_adapter: the encoder has LoRA layers already")
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"there is no adapter folder {folder}")
@@ -318,54 +347,66 @@ def load_adapter(model, folder, task=None):
     where = f"adapter {folder}"
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{where} is of peft_type {config.get('peft_type')!r}; only LORA adapters can be loaded")
-    for key in ("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters"):
+    for key in VARIANTS:
         if config.get(key):
             raise BadInput(f"{where} uses {key}, which plain LoRA layers can't hold")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise BadInput(f"{where} belongs to changed base weights (init_lora_weights={config['init_lora_weights']!r})")
     if config.get("bias", "none") != "none":
         raise BadInput(f"{where} trained biases (bias={config['bias']!r}); only bias='none' can be loaded")
     tensors = {}
     for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
-        if not name.startswith(ROOT):
-            raise BadInput(f"{where}: tensor {name!r} does not start with {ROOT!r}")
+        if not name.startswith(ROOT) or not tensor.is_floating_point():
+            raise BadInput(f"{where}: tensor {name!r} of type {tensor.dtype} is no adapter tensor ({ROOT}…)")
         tensors[name.removeprefix(ROOT)] = tensor.float()
 
     # Which layers: what the file holds decides; target_modules may be a list, a regex or "all-linear".
-    prefix, modules, layers = model.encoder.config.prefix, dict(model.encoder.named_modules()), {}
+    prefix, modules, factors = model.encoder.config.prefix, dict(model.encoder.named_modules()), {}
     for name in [n for n in tensors if n.endswith((".lora_A.weight", ".lora_B.weight"))]:
         stem, factor = name.removesuffix(".weight").rsplit(".lora_", 1)
         path = stem.removeprefix(prefix)
         if not isinstance(modules.get(path), torch.nn.Linear):
             raise BadInput(f"{where} adapts {stem!r}, which is no linear layer of this encoder")
-        layers.setdefault(path, {})[factor] = tensors.pop(name)
-    if not layers:
+        factors.setdefault(path, {})[factor] = tensors.pop(name)
+    if not factors:
         raise BadInput(f"{where} holds no LoRA tensors")
-    built = {}
-    for path, factors in layers.items():
+    dropout, sizes = config.get("lora_dropout", 0.0), {}
+    for path, found in factors.items():
         base, name = modules[path], prefix + path
-        rank = pattern(config, "rank_pattern", name, config.get("r", 8))
-        alpha = pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
-        numbers = (rank, alpha, config.get("lora_dropout", 0.0))
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers) or rank != int(rank) or rank < 1:
-            raise BadInput(f"{where} has r={rank!r}, lora_alpha={alpha!r}, lora_dropout={numbers[2]!r}")
-        for factor, shape in (("A", (int(rank), base.in_features)), ("B", (base.out_features, int(rank)))):
-            if factor not in factors:
+        try:
+            rank = pattern(config, "rank_pattern", name, config.get("r", 8))
+            alpha = pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
+            usable = rank == int(rank) >= 1 and abs(alpha) < 1e9 and 0 <= dropout < 1
+        except (TypeError, ValueError, OverflowError, AttributeError, re.error):
+            raise BadInput(f"{where}: r, lora_alpha, lora_dropout and their patterns can't be read") from None
+        if not usable:
+            raise BadInput(f"{where} has r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}")
+        for factor, shape in (("A", (rank, base.in_features)), ("B", (base.out_features, rank))):
+            if factor not in found:
                 raise BadInput(f"{where} has no lora_{factor} for {name}")
-            if tuple(factors[factor].shape) != shape:
-                raise BadInput(f"{where}: lora_{factor} of {name} is {tuple(factors[factor].shape)}, should be {shape}")
-        built[path] = LoRALinear(base, int(rank), alpha, numbers[2], rslora=bool(config.get("use_rslora")))
-        with torch.no_grad():
-            built[path].A.copy_(factors["A"])
-            built[path].B.copy_(factors["B"])
+            if tuple(found[factor].shape) != shape:
+                raise BadInput(f"{where}: lora_{factor} of {name} is {tuple(found[factor].shape)}, should be {shape}")
+        sizes[path] = int(rank), alpha
 
-    if task is not None:
-        head = model.heads[task].state_dict()
-        if missing := sorted(head.keys() - tensors.keys()):
-            raise BadInput(f"{where} has no head for {task}: {missing[0]} is missing (modules_to_save lists it?)")
-        for name, tensor in head.items():
-            if tensors[name].shape != tensor.shape:
-                raise BadInput(f"{where}: {name} is {tuple(tensors[name].shape)}, {task} needs {tuple(tensor.shape)}")
+    # The rest: the head's tensors. Whatever else belongs inside the encoder would be lost, so it is refused.
+    head = {} if task is None else model.heads[task].state_dict()
+    if missing := sorted(head.keys() - tensors.keys()):
+        raise BadInput(f"{where} has no head for {task}: {missing[0]} is missing (modules_to_save lists it?)")
+    for name, tensor in head.items():
+        if tensors[name].shape != tensor.shape:
+            raise BadInput(f"{where}: {name} is {tuple(tensors[name].shape)}, {task} needs {tuple(tensor.shape)}")
+    of_heads = () if model.encoder.has_pooler else f"{prefix}pooler."  # BERT's, where each task trains its own
+    for name in sorted(tensors.keys() - head.keys()):
+        inside = name.startswith(prefix) and not name.startswith(of_heads)
+        if inside or name in model.encoder.state_dict():
+            raise BadInput(f"{where} has {name!r} trained besides LoRA and the head, which can't be loaded")
+
+    if head:
         model.heads[task].load_state_dict({name: tensors[name] for name in head})
     model.encoder.requires_grad_(False)
-    for path, layer in built.items():
+    for path, (rank, alpha) in sizes.items():
+        layer = LoRALinear(modules[path], rank, alpha, dropout, rslora=bool(config.get("use_rslora")))
+        layer.A.data.copy_(factors[path]["A"])
+        layer.B.data.copy_(factors[path]["B"])
         replace_module(model.encoder, path, layer)
-    return built
+    return lora_layers(model.encoder)

@@ -377,12 +377,13 @@ def collate(encoded, indices, labels, pad_id):
     Returns input_ids (b, l) int64, attention_mask (b, l) bool, token_type_ids (b, l) int64, labels (b,) as they come.
     """
     rows = [encoded[i] for i in indices]
-    lengths = torch.tensor([len(ids) for ids, _ in rows])  # (b,)
-    length = int(lengths.max())
-    input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows])  # (b, l)
-    token_type_ids = torch.tensor([types + [0] * (length - len(types)) for _, types in rows])  # (b, l)
-    attention_mask = torch.arange(length) < lengths[:, None]  # (b, l)
-    return input_ids, attention_mask, token_type_ids, torch.from_numpy(labels[indices])
+    lengths = np.array([len(ids) for ids, _ in rows])  # (b,)
+    attention_mask = np.arange(lengths.max()) < lengths[:, None]  # (b, l)
+    input_ids = np.full(attention_mask.shape, pad_id, dtype=np.int64)  # (b, l)
+    token_type_ids = np.zeros(attention_mask.shape, dtype=np.int64)  # (b, l)
+    input_ids[attention_mask] = [i for ids, _ in rows for i in ids]  # row after row, as the mask runs
+    token_type_ids[attention_mask] = [i for _, types in rows for i in types]
+    return tuple(torch.from_numpy(x) for x in (input_ids, attention_mask, token_type_ids, labels[indices]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.train(base.training)
 
     def forward(self, x):  # (..., in) -> (..., out)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.A)  # (..., r)
@@ -51,7 +52,7 @@ class LoRALinear(nn.Module):
         linear = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
         linear.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
         linear.bias = self.base.bias
-        return linear
+        return linear.train(self.training)
 
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
@@ -71,7 +72,8 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
     targets: names; each `nn.Linear` whose path is one of them, or ends in "." and one of them, is replaced, as peft
     matches; "all-linear" means every one; None means query and value under the names of the model's family.
     layers: only these layer numbers (the first number in the path). Returns {path: LoRALinear}.
-    Raises ValueError before anything is changed: a target or layer that matches nothing, a module that has LoRA.
+    Raises ValueError before anything is changed: no target, a target or layer that matches nothing, a module that has
+    LoRA, a rank or dropout that LoRALinear refuses.
     """
     linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
     names = sorted({path.rpartition(".")[2] for path in linear})
@@ -83,20 +85,24 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
             raise ValueError(f"no query and value layers known here; give targets out of {', '.join(names) or 'none'}")
 
     def hit(path, target):
-        number = re.search(r"(?:^|\.)(\d+)\.", path)
-        wanted = layers is None or (number is not None and int(number[1]) in layers)
-        return wanted and (target == "all-linear" or path == target or path.endswith("." + target))
+        return target == "all-linear" or path == target or path.endswith("." + target)
+
+    def number(path):
+        found = re.search(r"(?:^|\.)(\d+)\.", path)
+        return int(found[1]) if found else None
 
     targets = [targets] if isinstance(targets, str) else list(targets)
-    chosen = [path for path in linear if any(hit(path, target) for target in targets)]
-    for target in targets:
-        if not any(hit(path, target) for path in chosen):
-            among = "" if layers is None else f" in layers {sorted(layers)}"
-            raise ValueError(f"target {target!r} matches no linear layer{among}, only {', '.join(names) or 'none'}")
+    matched = [path for path in linear if any(hit(path, target) for target in targets)]
+    for target in targets or [""]:
+        if not any(hit(path, target) for path in matched):
+            raise ValueError(f"target {target!r} matches no linear layer; there are {', '.join(names) or 'none'}")
+    there = {number(path) for path in matched} - {None}
+    if layers is not None and not (layers and set(layers) <= there):
+        raise ValueError(f"layers {sorted(layers)}: the targets are in layers {sorted(there)}")
+    chosen = [path for path in matched if layers is None or number(path) in layers]
     new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
     module.requires_grad_(False)
     for path, layer in new.items():
-        layer.train(linear[path].training)
         replace_module(module, path, layer)
     return new
 

@@ -21,13 +21,16 @@ BERT_KEYS = {
     "vocabulary": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
     "inner": "intermediate_size", "positions": "max_position_embeddings", "activation": "hidden_act",
     "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob", "pad_id": "pad_token_id",
-    "segments": "type_vocab_size", "eps": "layer_norm_eps",
+    "segments": "type_vocab_size", "eps": "layer_norm_eps", "head_dropout": "classifier_dropout",
+    "initializer_range": "initializer_range",
 }  # fmt: skip
 DISTILBERT_KEYS = {
     "vocabulary": "vocab_size", "width": "dim", "layers": "n_layers", "heads": "n_heads", "inner": "hidden_dim",
     "positions": "max_position_embeddings", "activation": "activation", "dropout": "dropout",
-    "attention_dropout": "attention_dropout", "pad_id": "pad_token_id",
+    "attention_dropout": "attention_dropout", "pad_id": "pad_token_id", "head_dropout": "seq_classif_dropout",
+    "initializer_range": "initializer_range",
 }  # fmt: skip
+OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: as "dropout"
 BERT_LAYER = {
     "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
     "attended": "attention.output.dense", "norm1": "attention.output.LayerNorm",
@@ -87,34 +90,34 @@ class Config:
 def read_config(raw, where="config.json"):
     """Config from the dictionary in a `config.json`. Raises BadInput, naming the key and its value."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):  # a list can be asked for anything, an unhashable value too
         raise BadInput(f"{where}: model_type {family!r} is none of {', '.join(FAMILIES)}")
-    if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder"):
-        raise BadInput(f"{where}: only plain encoders with absolute positions can be loaded")
-    values = {}
-    for field, key in FAMILIES[family][1].items():
-        if key not in raw:
+    for key, plain in ("position_embedding_type", "absolute"), ("is_decoder", False):
+        if raw.get(key, plain) != plain:
+            raise BadInput(f"{where}: {key} is {raw[key]!r}; only plain encoders with absolute positions can be loaded")
+    keys, values = FAMILIES[family][1], {}
+    for field, key in keys.items():
+        if key not in raw and key not in OPTIONAL:
             raise BadInput(f"{where} has no {key}")
-        value, kind = raw[key], Config.__annotations__[field]
-        if kind is float and type(value) is int:
-            value = float(value)
-        low = 0 if field in ("pad_id", "segments", "dropout", "attention_dropout", "eps") else 1
-        high = {"dropout": 1, "attention_dropout": 1, "eps": 1}.get(field, 10_000_000)
-        if type(value) is not kind or (kind is not str and not low <= value <= high):
+        value, kind = raw.get(key, OPTIONAL.get(key)), Config.__annotations__[field]
+        if field == "head_dropout" and value is None:
+            value = values["dropout"]
+        kinds = (float, int) if kind is float else (kind,)
+        low = 0 if kind is float or field in ("pad_id", "segments") else 1
+        high = 1 if kind is float else 1000 if field == "layers" else 10_000_000
+        if type(value) not in kinds or (kind is not str and not low <= value <= high):
             raise BadInput(f"{where}: {key} is {value!r}")
         values[field] = value
-    head_dropout = raw.get("seq_classif_dropout", 0.2) if family == "distilbert" else raw.get("classifier_dropout")
-    head_dropout = values["dropout"] if head_dropout is None else head_dropout
-    config = Config(family, head_dropout=head_dropout, initializer_range=raw.get("initializer_range", 0.02), **values)
-    if type(head_dropout) not in (int, float) or not 0 <= head_dropout <= 1:
-        raise BadInput(f"{where}: the classifier's dropout is {head_dropout!r}")
-    if config.activation not in ACTIVATIONS:
-        raise BadInput(f"{where}: activation {config.activation!r} is none of {', '.join(ACTIVATIONS)}")
-    if config.width % config.heads:
-        raise BadInput(f"{where}: {config.heads} attention heads do not divide width {config.width}")
-    if config.pad_id >= config.vocabulary or config.max_length < 1:
-        raise BadInput(f"{where}: pad_token_id {config.pad_id} leaves no room ({config.positions} positions)")
-    return config
+    c = Config(family, **values)
+    if c.activation not in ACTIVATIONS:
+        raise BadInput(f"{where}: {keys['activation']} {c.activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if c.width % c.heads:
+        raise BadInput(f"{where}: {keys['heads']} {c.heads} does not divide {keys['width']} {c.width}")
+    if c.pad_id >= c.vocabulary:
+        raise BadInput(f"{where}: pad_token_id {c.pad_id} is beyond vocab_size {c.vocabulary}")
+    if c.max_length < 1:
+        raise BadInput(f"{where}: max_position_embeddings {c.positions} leaves no room beside pad_token_id {c.pad_id}")
+    return c
 
 
 def put(module, path, child):
@@ -289,8 +292,8 @@ def load_encoder(path_or_id, revision="main", quiet=False):
             raise BadInput(f"{folder}: tensor {name!r} is of type {tensors[name].dtype}")
     extra = sorted(extra + [name for name in tensors if name not in expected])
     if extra and not quiet:
-        print(f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:4])}"
-              + (", …" if len(extra) > 4 else ""))  # fmt: skip
+        print(f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:10])}"
+              + (", …" if len(extra) > 10 else ""))  # fmt: skip
     if config.family == "bert" and not encoder.has_pooler and not quiet:
         print(f"{path_or_id}: no pooler in the checkpoint; every task trains its own")
     encoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)

@@ -51,6 +51,7 @@ from glue import (
     evaluation_batches,
     load_task,
     load_tokenizer,
+    read_splits,
     score,
     write_submission,
 )
@@ -712,16 +713,21 @@ def evaluate(s, given):
         model.add_head(task, TASKS[task].outputs)
         load_adapter(model, adapter, task)
         model.to(device)
-        for split in TASKS[task].validation:
+
+        def predictions(examples, task=task, model=model, tokenizer=tokenizer, max_length=max_length):
+            return predict(model, task, encode(tokenizer, examples.texts, max_length), device)
+
+        available = read_splits(task, source)
+        for split in [split for split in TASKS[task].validation if split in available]:
             examples = load_task(task, source, split)
-            encoded = encode(tokenizer, examples.texts, max_length)
-            scores = score(task, predict(model, task, encoded, device), examples.labels)
+            scores = score(task, predictions(examples), examples.labels)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
             rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
         for split in TASKS[task].test if s.submit else ():
-            examples = load_task(task, source, split)
-            predictions = predict(model, task, encode(tokenizer, examples.texts, max_length), device)
-            print("wrote", write_submission(s.submit, task, predictions, split))
+            print("wrote", write_submission(s.submit, task, predictions(load_task(task, source, split)), split))
+        if s.submit and task == "mnli":  # whose adapter answers the diagnostic set too
+            with contextlib.suppress(BadInput):
+                print("wrote", write_submission(s.submit, "ax", predictions(load_task("ax", source, "test"))))
     print(markdown(rows))
 
 

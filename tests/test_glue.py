@@ -1,0 +1,627 @@
+"""glue.py against scikit-learn, scipy and transformers, and against the ways data can be wrong.
+
+All data is made here: small parquet folders in the Hub's layout, and two tokenizers trained on a few sentences.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import glue
+from checkpoint import BadInput, HubError
+from glue import TASKS, accuracy, f1, matthews, pearson, score, spearman
+
+ROOT = Path(glue.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_of_ours():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="glue")
+        yield
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def ours(metric, predictions, labels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = metric(predictions, labels)
+    assert isinstance(value, float) and -1 <= value <= 1
+    return value
+
+
+def reference(function, *args, **kwargs):
+    """The reference's value, or 0 where it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = float(function(*args, **kwargs))
+    return value if np.isfinite(value) else 0.0
+
+
+def class_cases(rng, count):
+    """Predictions and labels of 1 to 80 examples and 1 to 4 classes: random, all right, all wrong, constant."""
+    for case in range(count):
+        n, classes = int(rng.integers(1, 80)) if case % 5 else 1, int(rng.integers(1, 5))
+        labels = rng.integers(0, classes, n)
+        yield [rng.integers(0, classes, n), labels, 1 - labels % 2, np.full(n, case % 3)][case // 5 % 4], labels
+
+
+def test_accuracy_and_matthews_are_scikit_learns():
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+    for predictions, labels in class_cases(np.random.default_rng(0), 1000):
+        assert ours(accuracy, predictions, labels) == pytest.approx(accuracy_score(labels, predictions), abs=1e-9)
+        expected = reference(matthews_corrcoef, labels, predictions)
+        assert ours(matthews, predictions, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_f1_is_scikit_learns():
+    from sklearn.metrics import f1_score
+
+    for predictions, labels in class_cases(np.random.default_rng(1), 1000):
+        predictions, labels = predictions % 2, labels % 2
+        expected = reference(f1_score, labels, predictions, zero_division=0)
+        assert ours(f1, predictions, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def float_cases(rng, count):
+    """Pairs of 2 to 80 floats: correlated, tied, opposite, a constant on either side, far from 0, huge, tiny, mixed."""
+    for case in range(count):
+        n = int(rng.integers(2, 80)) if case % 7 else 2
+        x, noise = rng.normal(size=n), rng.normal(size=n)
+        y = x + noise
+        ties = rng.integers(0, 4, n).astype(float)
+        yield [
+            (x, y),
+            (ties, np.round(y)),
+            (x, -x),
+            (np.full(n, 0.1 + 0.2), y),  # a mean of these rounds away from them
+            (x, np.full(n, 1e6 / 3)),
+            (x + 1e6, ties - 1e6),
+            (x * 1e150, y),
+            (x * 1e-150, y * 1e-150),
+            (ties, ties * 3),
+            (np.where(ties > 0, 0.0, x), y),
+        ][case % 10]
+
+
+def test_pearson_and_spearman_are_scipys():
+    from scipy.stats import pearsonr, spearmanr
+
+    for x, y in float_cases(np.random.default_rng(2), 2000):
+        assert ours(pearson, x, y) == pytest.approx(reference(lambda *a: pearsonr(*a)[0], x, y), abs=1e-9)
+        assert ours(spearman, x, y) == pytest.approx(reference(lambda *a: spearmanr(*a)[0], x, y), abs=1e-9)
+
+
+def test_ranks_are_scipys():
+    from scipy.stats import rankdata
+
+    rng = np.random.default_rng(3)
+    for n in range(1, 200):
+        values = rng.integers(0, 1 + n // 3, n) / 7
+        assert np.array_equal(glue.ranks(values), rankdata(values))
+
+
+def test_a_metric_of_one_example_is_finite():
+    assert [ours(m, [1], [1]) for m in (accuracy, f1, matthews, pearson, spearman)] == [1, 1, 0, 0, 0]
+    assert [ours(m, [0], [1]) for m in (accuracy, f1, matthews, pearson, spearman)] == [0, 0, 0, 0, 0]
+
+
+def test_correlation_survives_what_overflows_and_what_nearly_vanishes():
+    """Pearson's r doesn't change under shifts and scalings; these two are exact, so neither may ours."""
+    rng = np.random.default_rng(4)
+    steps, y = rng.integers(0, 9, 50), rng.normal(size=50)
+    expected = pearson(steps, y)
+    assert ours(pearson, 1 + steps * 2.0**-52, y) == pytest.approx(expected, abs=1e-12)  # differs in the last bits
+    assert ours(pearson, steps * 2.0**1020, y * 2.0**1018) == pytest.approx(expected, abs=1e-12)
+    assert ours(pearson, steps * 2.0**-1074, y) == pytest.approx(expected, abs=1e-12)  # subnormal
+    assert ours(pearson, [1e308, -1e308], [0, 1]) == pytest.approx(-1)
+
+
+def test_counts_of_a_large_task_do_not_overflow():
+    labels = np.arange(400_000) % 2
+    assert ours(matthews, labels, labels) == 1
+    assert ours(matthews, 1 - labels, labels) == -1
+
+
+@pytest.mark.parametrize("metric", glue.METRICS.values(), ids=glue.METRICS)
+def test_a_metric_refuses_what_it_cannot_pair(metric):
+    with pytest.raises(ValueError, match="no examples"):
+        metric([], [])
+    with pytest.raises(ValueError, match=r"\(n,\)"):
+        metric(np.zeros(3), np.zeros(4))
+    with pytest.raises(ValueError, match=r"\(n,\)"):  # would broadcast to (3, 3)
+        metric(np.zeros((3, 1)), np.zeros(3))
+
+
+def test_score_is_the_mean_of_the_official_metrics_in_percent():
+    predictions, labels = np.array([1, 1, 0, 1]), np.array([1, 0, 0, 1])
+    assert score("mrpc", predictions, labels) == {"f1": 0.8, "accuracy": 0.75, "score": pytest.approx(77.5)}
+    assert score("cola", predictions, labels) == {"matthews": pytest.approx(3**-0.5), "score": pytest.approx(57.735027)}
+    floats = np.array([0.5, 2.0, 4.5, 7.0], dtype=np.float32)  # a prediction may leave [0, 5]
+    assert score("stsb", floats, np.array([0, 1, 2, 3.0]))["spearman"] == 1
+    assert score("ax", [2, 0, 1], [2, 0, 1]) == {"matthews": 1, "score": 100}
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "labels", "says"),
+    [
+        ("stsb", [1.0, np.nan], [1.0, 2.0], "stsb: prediction 1 is nan; it must be finite"),
+        ("stsb", [1.0, -np.inf], [1.0, 2.0], "stsb: prediction 1 is -inf; it must be finite"),
+        ("stsb", [1.0, 2.0], [1.0, -1.0], "stsb: label 1 is -1.0; allowed: scores from 0 to 5"),
+        ("rte", [0, 2], [0, 1], "rte: prediction 1 is 2; allowed: 0 entailment, 1 not_entailment"),
+        ("rte", [0, 1], [-1, -1], "rte: label 0 is -1; allowed: 0 entailment, 1 not_entailment"),
+        ("rte", [0.2, 0.7], [0, 1], "rte: predictions are float64, not class ids"),
+        ("sst3", [0], [0], "there is no task 'sst3'; the tasks are cola, sst2, mrpc"),
+    ],
+)
+def test_score_refuses(task, predictions, labels, says):
+    with pytest.raises(BadInput) as error:
+        score(task, np.array(predictions), np.array(labels))
+    assert one_line(error).startswith(says)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_the_table_is_glue():
+    assert list(TASKS) == ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "ax"]
+    assert {name: task.outputs for name, task in TASKS.items() if task.outputs != 2} == {"stsb": 1, "mnli": 3, "ax": 3}
+    assert all(metric in glue.METRICS for task in TASKS.values() for metric in task.metrics)
+    files = [file for task in TASKS.values() for file in task.test.values()]
+    stems = ["AX", "CoLA", "MNLI-m", "MNLI-mm", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"]
+    assert sorted(files) == [f"{stem}.tsv" for stem in stems]
+    assert [task.name for task in TASKS.values() if task.writes == "names"] == ["mnli", "qnli", "rte", "ax"]
+    assert all((task.writes == "scores") == (not task.labels) for task in TASKS.values())
+
+
+def test_rte_and_wnli_count_their_labels_from_opposite_ends():
+    assert TASKS["rte"].labels == TASKS["qnli"].labels == ("entailment", "not_entailment")
+    assert TASKS["wnli"].labels == ("not_entailment", "entailment")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Keep what `datasets` converts out of the user's own cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets-cache")
+
+
+def write(folder, task, split, rows, names=None, readme=False, suffix="parquet"):
+    """One split of a GLUE folder: `rows` maps columns to values, `names` makes the labels a ClassLabel."""
+    import datasets
+
+    data = datasets.Dataset.from_dict(rows)
+    if names:
+        data = data.cast_column("label", datasets.ClassLabel(names=list(names)))
+    path = folder / task / (f"{split}-00000-of-00001.parquet" if suffix == "parquet" else f"{split}.{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    {"parquet": data.to_parquet, "csv": data.to_csv, "jsonl": data.to_json}[suffix](path)
+    if readme:
+        splits = [file.name.split("-")[0] for file in sorted((folder / task).iterdir())]
+        files = "".join(f"\n  - {{split: {name}, path: {task}/{name}-*}}" for name in splits)
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {task}\n  data_files:{files}\n---\n")
+    return folder
+
+
+def rows_of(task, labels, **changes):
+    """Rows that fit a task's columns, with these labels."""
+    texts = {c: [f"{c} number {i}" for i in range(len(labels))] for c in TASKS[task].columns}
+    return {**texts, "label": labels, "idx": list(range(len(labels))), **changes}
+
+
+@pytest.mark.parametrize("readme", [True, False], ids=["readme", "bare"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_loads_from_a_folder(tmp_path, task, readme, capfd):
+    row = TASKS[task]
+    labels = list(range(len(row.labels))) if row.labels else [0.0, 2.5, 5.0]
+    for split in ("train", *row.validation, *row.test):
+        write(tmp_path, task, split, rows_of(task, labels), row.labels, readme)
+    before = sorted(tmp_path.rglob("*"))
+    capfd.readouterr()
+    for split in ("train", *row.validation):
+        examples = glue.load_task(task, str(tmp_path), split)
+        assert (examples.task, examples.split, len(examples)) == (task, split, len(labels))
+        assert examples.texts[1] == tuple(f"{column} number 1" for column in row.columns)
+        assert examples.labels.tolist() == labels
+        assert examples.labels.dtype == (np.int64 if row.labels else np.float32)
+    assert capfd.readouterr() == ("", "")  # no progress bars, no warnings
+    assert sorted(tmp_path.rglob("*")) == before  # nothing left behind in the source
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_bare_folder_may_hold_csv_or_json(tmp_path, suffix):
+    write(tmp_path, "sst2", "train", rows_of("sst2", [0, 1, 1]), suffix=suffix)
+    examples = glue.load_task("sst2", tmp_path)
+    assert examples.labels.tolist() == [0, 1, 1]
+    assert examples.texts[2] == ("sentence number 2",)
+
+
+def test_labels_go_by_name_whatever_the_datasets_order(tmp_path):
+    """The same four words, in three orders: the ids that come out are the table's."""
+    said = ["entailment", "not_entailment", "not_entailment", "entailment"]
+    for number, order in enumerate([("entailment", "not_entailment"), ("not_entailment", "entailment")]):
+        for task in ("rte", "wnli"):
+            folder = tmp_path / str(number)
+            write(folder, task, "train", rows_of(task, [order.index(word) for word in said]), order)
+            labels = glue.load_task(task, folder).labels
+            assert [TASKS[task].labels[i] for i in labels] == said
+    order = ("contradiction", "unused", "entailment", "neutral")
+    write(tmp_path, "mnli", "train", rows_of("mnli", [0, 2, 3]), order)
+    assert glue.load_task("mnli", tmp_path).labels.tolist() == [2, 0, 1]
+
+
+def test_labels_without_a_class_label_are_our_ids_and_strings_are_names(tmp_path):
+    write(tmp_path, "wnli", "train", rows_of("wnli", [0, 1]))
+    write(tmp_path, "rte", "train", rows_of("rte", ["not_entailment", "entailment"]))
+    assert glue.load_task("wnli", tmp_path).labels.tolist() == [0, 1]
+    assert glue.load_task("rte", tmp_path).labels.tolist() == [1, 0]
+
+
+def test_labels_of_a_test_split_are_always_hidden(tmp_path):
+    """MRPC's test labels are public. No one may select on them."""
+    write(tmp_path, "mrpc", "test", rows_of("mrpc", [0, 1, 1]), TASKS["mrpc"].labels)
+    write(tmp_path, "stsb", "test", rows_of("stsb", [0.0, 1.0]))
+    write(tmp_path, "mnli", "test_mismatched", rows_of("mnli", [0, 1, 2]), TASKS["mnli"].labels)
+    rows = rows_of("cola", [0, 0])
+    del rows["label"]  # some copies have none
+    write(tmp_path, "cola", "test", rows)
+    for task, split, dtype in [
+        ("mrpc", "test", np.int64),
+        ("stsb", "test", np.float32),
+        ("mnli", "test_mismatched", np.int64),
+        ("cola", "test", np.int64),
+    ]:
+        labels = glue.load_task(task, tmp_path, split).labels
+        assert set(labels.tolist()) == {-1} and labels.dtype == dtype
+        with pytest.raises(BadInput, match="label 0 is -1"):
+            score(task, np.zeros(len(labels), dtype=dtype), labels)
+    for trick in ("all", "train+test", "test[:2]"):  # the loading library's own ways to say it
+        with pytest.raises(BadInput, match="has no split"):
+            glue.load_task("mrpc", tmp_path, trick)
+
+
+def test_validation_and_test_mean_the_first_of_mnlis_two(tmp_path):
+    for split in (*TASKS["mnli"].validation, *TASKS["mnli"].test):
+        write(tmp_path, "mnli", split, rows_of("mnli", [0, 1]), TASKS["mnli"].labels)
+    assert glue.load_task("mnli", tmp_path, "validation").split == "validation_matched"
+    assert glue.load_task("mnli", tmp_path, "validation_mismatched").split == "validation_mismatched"
+    assert glue.load_task("mnli", tmp_path, "test").split == "test_matched"
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "names", "says"),
+    [
+        ("rte", rows_of("rte", [0, 7]), None, "row 1 has label 7; allowed: 0 entailment, 1 not_entailment"),
+        ("rte", rows_of("rte", [0, -1]), TASKS["rte"].labels, "row 1 has label -1; allowed: 0 entailment"),
+        ("rte", rows_of("rte", [0, 1]), ("entailment", "other"), "row 1 has label 1 other; allowed: 0 entailment"),
+        ("rte", rows_of("rte", ["entailment", "maybe"]), None, "row 1 has label 'maybe'; allowed: 0 entailment"),
+        ("rte", rows_of("rte", [1, None]), None, "row 1 has label None; allowed: 0 entailment"),
+        ("rte", rows_of("rte", [0.5, 1.0]), None, "row 0 has label 0.5; allowed: 0 entailment"),
+        ("stsb", rows_of("stsb", [5.0, 5.5]), None, "row 1 has label 5.5; allowed: scores from 0 to 5"),
+        ("stsb", rows_of("stsb", [float("nan"), 5.0]), None, "row 0 has label nan; allowed: scores from 0 to 5"),
+        ("stsb", rows_of("stsb", ["x", "y"]), None, "row 0 has label 'x'; allowed: scores from 0 to 5"),
+        ("rte", rows_of("rte", [0], sentence2=[None]), None, "row 0 has None in column 'sentence2' in place of text"),
+        ("rte", rows_of("rte", [0], sentence1=[3]), None, "row 0 has 3 in column 'sentence1' in place of text"),
+        ("rte", rows_of("sst2", [0]), None, "has no column 'sentence1'; it has sentence, label, idx"),
+        ("sst2", {"sentence": ["a"]}, None, "has no column 'label'; it has sentence"),
+        ("sst2", {"sentence": [], "label": []}, None, "is empty"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, task, rows, names, says):
+    write(tmp_path, task, "train", rows, names)
+    with pytest.raises(BadInput) as error:
+        glue.load_task(task, tmp_path)
+    message = one_line(error)
+    assert message.startswith(f"{task} train in {tmp_path}") and says in message
+
+
+def test_bad_folders_are_named(tmp_path, monkeypatch):
+    def message(task, source, split="train"):
+        with pytest.raises(BadInput) as error:
+            glue.load_task(task, source, split)
+        assert not isinstance(error.value, HubError)  # a folder is never asked of the Hub
+        return one_line(error)
+
+    for missing in (tmp_path / "none", "./none", "~/no/such/folder", "../none", "some/where/else"):
+        assert message("rte", missing) == f"there is no GLUE folder {missing}"
+    monkeypatch.chdir(ROOT)
+    assert message("rte", "glue.py") == "there is no GLUE folder glue.py"
+    assert message("foo", tmp_path).startswith("there is no task 'foo'; the tasks are cola")
+
+    (tmp_path / "empty").mkdir()
+    assert message("rte", tmp_path / "empty").startswith(f"task 'rte' in {tmp_path / 'empty'} can't be read: ")
+
+    for readme in (False, True):
+        folder = write(tmp_path / f"readme {readme}", "rte", "train", rows_of("rte", [0]), readme=readme)
+        assert message("qnli", folder) == f"{folder} has no task 'qnli'; it has rte"
+        assert message("rte", folder, "validation") == f"rte in {folder} has no split 'validation'; it has train"
+
+    readme = folder / "README.md"  # the files elsewhere, a task that has none of its own
+    readme.write_text(readme.read_text().replace("config_name: rte", "config_name: wnli"))
+    assert message("qnli", folder) == f"{folder} has no task 'qnli'; it has rte, wnli"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("nothing of GLUE")
+    assert message("qnli", tmp_path / "other") == f"{tmp_path / 'other'} has no task 'qnli'; it has none"
+
+    torn = write(tmp_path / "torn", "rte", "train", rows_of("rte", [0, 1]))
+    file = torn / "rte" / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:200])
+    assert message("rte", torn).startswith(f"task 'rte' in {torn} can't be read: ")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub"),
+        FileNotFoundError("no\nsuch"),
+        RuntimeError(""),
+        ValueError("Couldn't find cache for nyu-mll/glue for config 'rte'\nAvailable configs in the cache: ['cola']"),
+    ],
+)
+def test_all_that_can_fail_at_the_hub_is_one_line(monkeypatch, failure, caplog, capfd):
+    import datasets
+
+    def fail(*args, **kwargs):
+        logging.getLogger("library").error("Retrying in 1s [Retry 1/5].")
+        print("Downloading data:  0%", file=sys.stderr)
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(HubError) as error:
+        glue.load_task("rte")
+    assert one_line(error).startswith("dataset 'nyu-mll/glue' can't be had from the Hub: ")
+    assert not caplog.records and capfd.readouterr() == ("", "")
+    logging.getLogger("ours").warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
+
+
+def test_a_task_that_the_hubs_dataset_lacks_is_named(monkeypatch):
+    import datasets
+
+    def fail(*args, **kwargs):
+        raise ValueError("BuilderConfig 'rte' not found. Available: ['cola', 'sst2']")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(BadInput) as error:
+        glue.load_task("rte", "someone/glue")
+    assert one_line(error) == "someone/glue has no task 'rte'; it has cola, sst2"
+
+
+def test_settings_made_before_the_first_load_are_obeyed(tmp_path):
+    """`import glue` doesn't import datasets, which reads HF_HUB_OFFLINE once; nothing is printed on the way."""
+    code = """
+import os, sys, glue
+assert "datasets" not in sys.modules and "huggingface_hub" not in sys.modules
+os.environ["HF_HUB_OFFLINE"] = "1"
+try:
+    glue.load_task("rte")
+except glue.HubError as error:
+    print(error)
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_CACHE"):
+        env.pop(name, None)
+    run = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stderr == ""
+    assert run.stdout.startswith("dataset 'nyu-mll/glue' can't be had from the Hub: ")
+    assert "OfflineMode" in run.stdout and run.stdout.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+SENTENCES = [
+    "The drain is clogged with hair. It has to be cleaned.",
+    "A man with a hard hat is dancing, isn't he?",
+    "Naïve cafés — and 10,000 unaffordable résumés!",
+    "no",
+    "the cat sat on the mat " * 6,
+]
+
+
+def wordpiece():
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return tokenizer
+
+
+def byte_bpe():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special, alphabet = ["<s>", "<pad>", "</s>", "<unk>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=[wordpiece, byte_bpe])
+def folder(request, tmp_path_factory):
+    """A tokenizer.json with padding and truncation switched on inside, as some published ones have."""
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    tokenizer = request.param()
+    tokenizer.enable_padding(length=128)
+    tokenizer.enable_truncation(9, strategy="only_first")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+SINGLES = [(text,) for text in SENTENCES] + [("",)]
+PAIRS = [(a, b) for a in (*SENTENCES, "") for b in SENTENCES]
+
+
+@pytest.mark.parametrize("max_length", [5, 6, 7, 8, 13, 24, 64, 512])
+def test_encoding_is_transformers(folder, max_length):
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    tokenizer = glue.load_tokenizer(folder)
+    for texts in (SINGLES, PAIRS):
+        encoded = glue.encode(tokenizer, texts, max_length)
+        for (ids, types), text in zip(encoded, texts, strict=True):
+            options = {"truncation": "longest_first", "padding": False, "return_token_type_ids": True}
+            expected = theirs(*text, max_length=max_length, **options)
+            assert (ids, types) == (expected["input_ids"], expected["token_type_ids"])
+            assert len(ids) <= max_length
+
+
+def test_neither_padding_nor_truncation_is_left_from_the_file_or_from_us(folder):
+    tokenizer = glue.load_tokenizer(folder)
+    assert tokenizer.padding is None and tokenizer.truncation is None
+    [(long, _)] = glue.encode(tokenizer, [(SENTENCES[4],)], 512)
+    assert len(long) > 9
+    glue.encode(tokenizer, PAIRS, 8)
+    assert tokenizer.padding is None and tokenizer.truncation is None
+    assert glue.encode(tokenizer, [], 8) == []
+
+
+def test_a_length_without_room_for_text_is_refused(folder):
+    tokenizer = glue.load_tokenizer(folder)
+    special = tokenizer.num_special_tokens_to_add(True)
+    with pytest.raises(BadInput) as error:
+        glue.encode(tokenizer, PAIRS, special)
+    assert one_line(error).startswith(f"max length {special} has no room for text")
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
+    with pytest.raises(BadInput) as error:
+        glue.load_tokenizer(tmp_path)
+    assert one_line(error) == f"{tmp_path} has no tokenizer.json"
+    path = tmp_path / "tokenizer.json"
+    for damage in ('{"version": "1.0", "model": {"type"', "{}", ""):
+        path.write_text(damage)
+        with pytest.raises(BadInput) as error:
+            glue.load_tokenizer(tmp_path)
+        assert one_line(error).startswith(f"{path} can't be read as a tokenizer: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (7, 7), (5, 16), (1, 3), (64, 1)])
+def test_the_batches_are_pass_after_pass_of_all_examples(n, batch_size):
+    steps = -(-4 * n // batch_size)
+    row = np.concatenate([glue.batch_indices(n, batch_size, step, 0, "rte") for step in range(steps)])
+    assert len(row) == steps * batch_size
+    for start in range(0, 4 * n, n):
+        assert sorted(row[start : start + n]) == list(range(n))
+    if n == 64:
+        assert not np.array_equal(row[:n], row[n : 2 * n])  # passes are shuffled apart
+        assert not np.array_equal(row[:n], np.arange(n))
+
+
+def test_a_step_can_be_computed_alone():
+    one_by_one = [glue.batch_indices(50, 8, step, 3, "cola") for step in range(30)]
+    for step in (29, 0, 13):
+        glue.permutation.cache_clear()
+        assert np.array_equal(glue.batch_indices(50, 8, step, 3, "cola"), one_by_one[step])
+    one_by_one[0][:] = -1  # the caller's own to change
+    assert glue.batch_indices(50, 8, 0, 3, "cola").min() >= 0
+
+
+def test_seeds_and_tasks_shuffle_apart():
+    draws = {(seed, task): glue.batch_indices(1000, 32, 0, seed, task) for seed in (0, 1) for task in ("rte", "mrpc")}
+    assert len({draw.tobytes() for draw in draws.values()}) == 4
+
+
+def test_the_draw_does_not_depend_on_the_process():
+    """Python's hash of a string changes from run to run; a paired comparison across runs needs one that doesn't."""
+    expected = np.random.default_rng((5, 0xDEBF4C09, 0)).permutation(100)[:4]  # 0xdebf4c09 is the CRC-32 of "rte"
+    assert glue.batch_indices(100, 4, 0, 5, "rte").tolist() == expected.tolist()
+
+
+ENCODED = [([5, 6], [0, 1]), ([7], [0]), ([8, 9, 10, 11], [0, 0, 1, 1]), ([12, 13, 14], [0, 1, 1])]
+
+
+def test_collate_pads_to_the_batchs_own_longest():
+    labels = np.array([1, 0, 2, 1])
+    ids, mask, types, chosen = glue.collate(ENCODED, np.array([3, 1]), labels, pad_id=99)
+    assert ids.tolist() == [[12, 13, 14], [7, 99, 99]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+    assert types.tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert chosen.tolist() == [1, 0]
+    assert (ids.dtype, mask.dtype, types.dtype, chosen.dtype) == (torch.int64, torch.bool, torch.int64, torch.int64)
+    *_, scores = glue.collate(ENCODED, [0, 0, 2], np.array([0, 1, 4.5, 3], dtype=np.float32), 0)
+    assert scores.dtype == torch.float32 and scores.tolist() == [0, 0, 4.5]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9])
+def test_evaluation_visits_all_once_and_pads_little(batch_size):
+    batches = list(glue.evaluation_batches(ENCODED, batch_size))
+    assert max(map(len, batches)) <= batch_size
+    assert np.concatenate(batches).tolist() == [2, 3, 0, 1]  # longest first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leaderboard files
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "predictions", "file", "cells"),
+    [
+        ("cola", None, [1, 0], "CoLA.tsv", ["1", "0"]),
+        ("sst2", None, [1, 0], "SST-2.tsv", ["1", "0"]),
+        ("mrpc", "test", [1, 0], "MRPC.tsv", ["1", "0"]),
+        ("qqp", None, [1, 0], "QQP.tsv", ["1", "0"]),
+        ("wnli", None, [1, 0], "WNLI.tsv", ["1", "0"]),
+        ("stsb", None, [-0.3, 2.34567, 5.0004], "STS-B.tsv", ["0.000", "2.346", "5.000"]),
+        ("mnli", None, [0, 1, 2], "MNLI-m.tsv", ["entailment", "neutral", "contradiction"]),
+        ("mnli", "test_mismatched", [2, 0], "MNLI-mm.tsv", ["contradiction", "entailment"]),
+        ("qnli", None, [0, 1], "QNLI.tsv", ["entailment", "not_entailment"]),
+        ("rte", None, [0, 1], "RTE.tsv", ["entailment", "not_entailment"]),
+        ("ax", None, [0, 1, 2], "AX.tsv", ["entailment", "neutral", "contradiction"]),
+    ],
+)
+def test_submission(tmp_path, task, split, predictions, file, cells):
+    path = glue.write_submission(tmp_path / "made" / "here", task, np.array(predictions), split)
+    assert path == tmp_path / "made" / "here" / file
+    lines = ["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells))]
+    assert path.read_bytes() == ("\n".join(lines) + "\n").encode()
+    assert [p.name for p in path.parent.iterdir()] == [file]
+
+
+def test_a_bad_submission_writes_nothing(tmp_path):
+    def message(task, predictions, split=None, folder=tmp_path / "out"):
+        with pytest.raises(BadInput) as error:
+            glue.write_submission(folder, task, np.array(predictions), split)
+        return one_line(error)
+
+    assert message("rte", [0, 2]).startswith("rte: prediction 1 is 2; allowed: 0 entailment")
+    assert message("stsb", [np.nan]).startswith("stsb: prediction 0 is nan; it must be finite")
+    assert message("mnli", [0], "test") == (
+        "mnli has no leaderboard file for 'test'; it has them for test_matched, test_mismatched"
+    )
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert message("rte", [0], folder=file).startswith(f"{file / 'RTE.tsv'} can't be written: ")
