@@ -81,7 +81,7 @@ class Settings:
     revision: str = setting("main", "the model's revision on the Hub")
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
     tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
-    methods: str = setting("head,single,joint,ortho", "out of " + "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
+    methods: str = setting(",".join(METHODS), "out of " + "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
     # adapter
     rank: int = setting(8, "r of every LoRA layer")
     alpha: float = setting(16.0, "scale = alpha / rank")
@@ -115,7 +115,7 @@ class Settings:
 
 
 DEMO = {  # what the demo changes
-    "tasks": "sst2,mrpc,mnli,stsb", "methods": "head,single,joint,pcgrad,ortho", "steps": 200, "lr": 3e-3,
+    "tasks": "sst2,mrpc,mnli,stsb", "steps": 200, "lr": 3e-3,
     "max_length": 64, "seeds": "0,1,2",
 }  # fmt: skip
 
@@ -232,6 +232,7 @@ class TaskData:
     train_labels: np.ndarray
     test: list  # what is scored: the validation split, or training rows held out
     test_labels: np.ndarray
+    weight: float = 1.0  # multiplies the loss
 
     @property
     def regression(self):
@@ -247,29 +248,36 @@ class TaskData:
 
 
 def load_data(name, s, tokenizer):
+    """One task's training rows, and the rows to score on. Raises BadInput."""
     train = load_task(name, s.glue, "train")
     encoded = encode(tokenizer, train.texts, s.max_length)
-    if (train.labels < 0).any():
-        raise BadInput(f"{name}: training rows without labels in {s.glue}")
-    if s.holdout:
-        if s.holdout >= len(encoded):
-            raise BadInput(f"--holdout {s.holdout}: {name} has only {len(encoded)} training rows")
-        shuffled = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
-        held, kept = shuffled[: s.holdout], shuffled[s.holdout :]
-        pick = lambda rows: ([encoded[i] for i in rows], train.labels[rows])  # noqa: E731
-        return TaskData(name, *pick(kept), *pick(held))
-    validation = load_task(name, s.glue, "validation")
-    if (validation.labels < 0).any():
-        raise BadInput(f"{name}: validation rows without labels in {s.glue}; nothing to score on")
-    return TaskData(name, encoded, train.labels, encode(tokenizer, validation.texts, s.max_length), validation.labels)
+    if not s.holdout:
+        test = load_task(name, s.glue, "validation")
+        return TaskData(name, encoded, train.labels, encode(tokenizer, test.texts, s.max_length), test.labels)
+    if s.holdout >= len(encoded):
+        raise BadInput(f"--holdout {s.holdout}: {name} has only {len(encoded)} training rows")
+    rows = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
+    held, kept = (([encoded[i] for i in part], train.labels[part]) for part in np.split(rows, [s.holdout]))
+    return TaskData(name, *kept, *held)
 
 
 def to_device(batch, device):
     return [x.to(device, non_blocking=True) for x in batch]
 
 
+def draw(data, step, seed, s, model):
+    """The task's batch of this step, on the model's device: the same for every method."""
+    rows = batch_indices(len(data.train), s.batch_size, step, seed, data.name)
+    batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
+    return to_device(batch, device_of(model))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
+
+
+def device_of(model):
+    return next(model.parameters()).device
 
 
 def build(method, encoder, tasks, seed, s):
@@ -281,8 +289,7 @@ def build(method, encoder, tasks, seed, s):
     model = MultiTaskModel(copy.deepcopy(encoder), {})
     targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
     try:
-        lora.add_lora(model.encoder, targets if targets != ["all-linear"] else "all-linear",
-                      s.rank, s.alpha, s.dropout, rslora=s.rslora)  # fmt: skip
+        lora.add_lora(model.encoder, targets, s.rank, s.alpha, s.dropout, rslora=s.rslora)
     except ValueError as e:
         raise BadInput(f"--targets {s.targets}: {e}") from None
     for data in tasks:
@@ -293,7 +300,7 @@ def build(method, encoder, tasks, seed, s):
     if method == "head":
         model.encoder.requires_grad_(False)
     torch.manual_seed(seed)  # dropout
-    return model.to(next(encoder.parameters()).device)
+    return model.to(device_of(encoder))
 
 
 def projected_blocks(model, method, s):
@@ -302,28 +309,31 @@ def projected_blocks(model, method, s):
         return [], []
     unit = "joint" if method == "pcgrad" else s.unit
     layers = lora.lora_layers(model.encoder)
-    A = {id(layer.A) for layer in layers.values()}
-    wanted = lambda p: ("A" if id(p) in A else "B") in s.factors  # noqa: E731
-    blocks = [[p for p in block if wanted(p)] for block in lora.blocks(model, unit)]
+    factors = {id(p): f for layer in layers.values() for f, p in (("A", layer.A), ("B", layer.B))}
+    blocks = [[p for p in block if factors[id(p)] in s.factors] for block in lora.blocks(model, unit)]
     paths = {"tensor": [f"{path}.{factor}" for path in layers for factor in "AB"], "role": ["A", "B"], "joint": ["AB"]}
     kept = [(name, block) for name, block in zip(paths[unit], blocks, strict=True) if block]
     return [block for _, block in kept], [name for name, _ in kept]
 
 
-def loss_of(data, logits, labels):
+def task_loss(model, data, batch, s):
+    """Cross-entropy, or the mean squared error over the labels' variance; a mean over the batch, in float32."""
+    ids, mask, types, labels = batch
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
+        logits = model(data.name, ids, mask, types)  # (batch, outputs)
     if data.regression:
         return F.mse_loss(logits.float().squeeze(1), labels) / data.variance()
     return F.cross_entropy(logits.float(), labels)
 
 
 @torch.inference_mode()
-def predict(model, task, encoded, device):
+def predict(model, task, encoded):
     """Class ids, or scores: (n,). Always float32, whatever the training was in."""
     model.eval()
     out = np.zeros(len(encoded), np.float32 if TASKS[task].outputs == 1 else np.int64)
     pad_id = model.encoder.config.pad_id
     for rows in evaluation_batches(encoded, 64):
-        ids, mask, types, _ = to_device(collate(encoded, rows, out, pad_id), device)
+        ids, mask, types, _ = to_device(collate(encoded, rows, out, pad_id), device_of(model))
         logits = model(task, ids, mask, types)  # (batch, outputs)
         out[rows] = (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).cpu().numpy()
     return out
@@ -341,14 +351,12 @@ def rate_at(step, s):
 
 def train(method, encoder, tasks, seed, s, log, bar):
     """Train one model on `tasks` (one of them, for `single`). Returns (model, conflict statistics or None, s/step)."""
-    device = next(encoder.parameters()).device
-    model = build(method, encoder, tasks, seed, s)
+    device, model = device_of(encoder), build(method, encoder, tasks, seed, s)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if s.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
     else:
         optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=0.9)
-    weights = dict(zip(s.tasks.split(","), numbers(s.task_weights, float, ""), strict=True)) if s.task_weights else {}
     blocks, block_names = projected_blocks(model, method, s)
     ortho = None
     if blocks:
@@ -363,13 +371,8 @@ def train(method, encoder, tasks, seed, s, log, bar):
         optimizer.zero_grad()
         losses = {}
         for t, data in enumerate(tasks):
-            rows = batch_indices(len(data.train), s.batch_size, step, seed, data.name)
-            batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
-            ids, mask, types, labels = to_device(batch, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
-                logits = model(data.name, ids, mask, types)
-            loss = loss_of(data, logits, labels)
-            (weights.get(data.name, 1.0) * loss).backward()
+            loss = task_loss(model, data, draw(data, step, seed, s, model), s)
+            (data.weight * loss).backward()
             if ortho:
                 ortho.collect(t)  # .grad of A and B moves to row t; the head keeps its own
             losses[data.name] = loss.detach()
@@ -427,7 +430,7 @@ def statistics(totals, block_names, task_names, steps):
 
 def run_method(method, encoder, tasks, seed, s, out, log, bar):
     """Train and score one method with one seed: its entry for results.json, and its timing."""
-    reset_peak_memory(encoder)
+    reset_peak_memory(device_of(encoder))
     entry = {"tasks": {}, "average": 0.0, "adapter_parameters": 0, "head_parameters": 0}
     seconds = 0.0
     for group in [[data] for data in tasks] if method == "single" else [tasks]:
@@ -440,20 +443,19 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar):
         entry["adapter_parameters"] += sum(p.numel() for p in trained)
         entry["head_parameters"] += sum(p.numel() for p in model.heads.parameters())
         for data in group:
-            predictions = predict(model, data.name, data.test, next(encoder.parameters()).device)
+            predictions = predict(model, data.name, data.test)
             entry["tasks"][data.name] = score(data.name, predictions, data.test_labels)
             metadata = {"method": method, "seed": str(seed), "glue": s.glue, "max_length": str(s.max_length)}
             save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
     entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
-    return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(encoder)}
+    return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time and memory
 
 
-def reset_peak_memory(encoder):
-    device = next(encoder.parameters()).device
+def reset_peak_memory(device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -461,9 +463,8 @@ def reset_peak_memory(encoder):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the process's peak
 
 
-def peak_memory(encoder):
+def peak_memory(device):
     """Bytes: of the GPU's allocator, or of the whole process; None where the system doesn't say."""
-    device = next(encoder.parameters()).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -475,24 +476,18 @@ def peak_memory(encoder):
 
 def estimate(encoder, tasks, methods, seeds, s):
     """Seconds that the whole run will take, from a few batches timed."""
-    device = next(encoder.parameters()).device
     model = build("joint", encoder, tasks, 0, s)
     model.train()
     times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
     for backward in (True, False):
         for data in tasks:
             for step in range(3):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
                 begin = time.perf_counter()
-                rows = batch_indices(len(data.train), s.batch_size, step, 0, data.name)
-                batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
-                ids, mask, types, labels = to_device(batch, device)
-                with torch.set_grad_enabled(backward), torch.autocast(device.type, torch.bfloat16, s.dtype == "bf16"):
-                    loss = loss_of(data, model(data.name, ids, mask, types), labels)
+                with torch.set_grad_enabled(backward):
+                    loss = task_loss(model, data, draw(data, step, 0, s, model), s)
                 if backward:
                     loss.backward()
-                loss.item()
+                sum(p.grad.sum() for p in model.parameters() if p.grad is not None) + loss.item()  # wait for the device
                 if step:  # the first one warms up
                     times[backward] += (time.perf_counter() - begin) / 2
     steps = sum(times[method != "head"] for method in methods) * s.steps
@@ -624,16 +619,18 @@ def hardware(device):
 
 def prepare(s, device):
     """(encoder, tasks): everything that can fail on bad input has been read when this returns."""
+    print(f"loading {s.model}, and {s.tasks} from {s.glue}", flush=True)
     go_offline_if_hub_is_down(s.model, s.glue)
     folder = find_checkpoint(s.model, s.revision)
-    tokenizer = load_tokenizer(folder)
-    encoder = load_encoder(folder)
+    tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
     if s.max_length > encoder.config.max_length:
         raise BadInput(f"--max-length {s.max_length}: {s.model} takes at most {encoder.config.max_length} tokens")
     if tokenizer.get_vocab_size() > encoder.config.vocabulary:
         raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
                        f"{encoder.config.vocabulary}")  # fmt: skip
     tasks = [load_data(name, s, tokenizer) for name in names(s.tasks, TASKS, "task")]
+    for data, weight in zip(tasks, numbers(s.task_weights, float, "") if s.task_weights else (), strict=False):
+        data.weight = weight
     return encoder.to(device), tasks
 
 
@@ -713,21 +710,22 @@ def evaluate(s, given):
         model.add_head(task, TASKS[task].outputs)
         load_adapter(model, adapter, task)
         model.to(device)
-
-        def predictions(examples, task=task, model=model, tokenizer=tokenizer, max_length=max_length):
-            return predict(model, task, encode(tokenizer, examples.texts, max_length), device)
-
         available = read_splits(task, source)
         for split in [split for split in TASKS[task].validation if split in available]:
             examples = load_task(task, source, split)
-            scores = score(task, predictions(examples), examples.labels)
+            scores = score(task, predict(model, task, encode(tokenizer, examples.texts, max_length)), examples.labels)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
             rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
-        for split in TASKS[task].test if s.submit else ():
-            print("wrote", write_submission(s.submit, task, predictions(load_task(task, source, split)), split))
-        if s.submit and task == "mnli":  # whose adapter answers the diagnostic set too
-            with contextlib.suppress(BadInput):
-                print("wrote", write_submission(s.submit, "ax", predictions(load_task("ax", source, "test"))))
+        files = [(task, split) for split in TASKS[task].test] + [("ax", "test")] * (task == "mnli")
+        for name, split in files if s.submit else ():
+            try:
+                examples = load_task(name, source, split)
+            except BadInput:
+                if name != "ax":
+                    raise
+                continue  # the diagnostic set, which MNLI's adapter answers too, need not be there
+            predictions = predict(model, task, encode(tokenizer, examples.texts, max_length))
+            print("wrote", write_submission(s.submit, name, predictions, split))
     print(markdown(rows))
 
 
