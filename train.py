@@ -126,8 +126,10 @@ DEMO = {  # what the demo changes
 
 def parse(argv):
     """The flags that were given, as {name: value}."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
     for f in dataclasses.fields(Settings):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
