@@ -115,9 +115,10 @@ def read_header(path):
     for name, entry in header.items():
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            whole = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end])
+            whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
         except (KeyError, TypeError, ValueError):
             raise bad(f"tensor {name!r} has no readable dtype, shape and offsets") from None
+        whole = whole and math.prod(n or 1 for n in shape) < 2**60  # beyond, torch refuses even an empty one
         if not whole or end - begin != math.prod(shape) * dtype.itemsize:
             raise bad(f"tensor {name!r} of shape {shape} can't lie in bytes {begin} to {end}")
         entries[name] = (dtype, shape, begin, end)

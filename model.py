@@ -137,6 +137,7 @@ class Layer(nn.Module):
         super().__init__()
         self.heads, self.act = c.heads, ACTIVATIONS[c.activation]
         self.dropout, self.attention_dropout = c.dropout, c.attention_dropout
+        self.attended_dropout = 0.0 if c.family == "distilbert" else c.dropout  # it has none there
         self.paths = FAMILIES[c.family][3]
         sizes = {"up": (c.width, c.inner), "down": (c.inner, c.width)}
         for part, path in self.paths.items():
@@ -149,7 +150,7 @@ class Layer(nn.Module):
         p = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, mask, p)  # (batch, heads, length, width / heads)
         mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, length, width)
-        x = at["norm1"](x + F.dropout(mixed, self.dropout, self.training))
+        x = at["norm1"](x + F.dropout(mixed, self.attended_dropout, self.training))
         h = at["down"](self.act(at["up"](x)))
         return at["norm2"](x + F.dropout(h, self.dropout, self.training))
 

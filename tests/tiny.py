@@ -3,6 +3,9 @@
 import torch
 import transformers as hf
 
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
+
 FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert")
 CLASSES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "distilbert": "DistilBert"}
 
@@ -22,7 +25,7 @@ def tiny(family, width=24, layers=2, heads=4, inner=40, positions=30, act="gelu"
 
 
 def make(config, task="Model", seed=0, **others):
-    """A random `transformers` model, e.g. task="ForMaskedLM". No bias is zero and no norm is one, as in a trained one."""
+    """A random `transformers` model, e.g. task="ForMaskedLM". As in a trained one, no bias is zero and no norm one."""
     torch.manual_seed(seed)
     model = getattr(hf, CLASSES[config.model_type] + task)(config, **others).eval()
     with torch.no_grad():
