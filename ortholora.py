@@ -131,6 +131,8 @@ class OrthoLoRA:
             raise ValueError("OrthoLoRA: there is no parameter to project in blocks (or in one of them)")
         if len({id(p) for p in parameters}) < len(parameters):
             raise ValueError("OrthoLoRA: a parameter is in more than one block")
+        if not all(p.is_leaf and p.requires_grad for p in parameters):
+            raise ValueError("OrthoLoRA: a tensor in blocks never gets a .grad: it is frozen, or computed from others")
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
         self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential

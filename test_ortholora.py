@@ -466,7 +466,8 @@ def test_rows_are_the_buffer():
 
 def test_bad_arguments():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     for blocks, T, weights in (([], 2, None), ([[p], []], 2, None), ([[p], [q, p]], 2, None), ([[p]], 0, None),
-                               ([[p]], 2, [1.0])):  # fmt: skip
+                               ([[p]], 2, [1.0]), ([[p], [frozen]], 2, None), ([[p * 2]], 2, None)):  # fmt: skip
         with pytest.raises(ValueError, match="OrthoLoRA"):
             OrthoLoRA(blocks, T, weights=weights)

@@ -29,9 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lora
+import lori
 from checkpoint import (
     BadInput,
     HubError,
@@ -65,7 +67,15 @@ METHODS = {  # name -> what it is, for the help text
     "joint": "one shared adapter, the tasks' gradients added",
     "pcgrad": "one shared adapter, all its factors projected as one vector",
     "ortho": "one shared adapter, each factor A and B projected alone: Ortho-LoRA",
+    "lori-ortho": "the same with A frozen and random, so only B is trained and projected",
+    "lori-d": "one adapter per task, A frozen and random: LoRI, dense",
+    "lori-s": "the same, and only the largest tenth of B, by lori-d, is trained: LoRI, sparse",
+    "lora-merged": "single's adapters merged into one, not trained again",
+    "lori-d-merged": "lori-d's",
+    "lori-s-merged": "lori-s's",
 }
+PER_TASK = ("single", "lori-d", "lori-s")
+NEEDS = {"lori-s": "lori-d", "lora-merged": "single", "lori-d-merged": "lori-d", "lori-s-merged": "lori-s"}
 
 
 def setting(default, text, **more):
@@ -81,19 +91,30 @@ class Settings:
     revision: str = setting("main", "the model's revision on the Hub")
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
     tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
-    methods: str = setting(",".join(METHODS), "out of " + "; ".join(f"{k} ({v})" for k, v in METHODS.items()))
+    methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     # adapter
     rank: int = setting(8, "r of every LoRA layer")
     alpha: float = setting(16.0, "scale = alpha / rank")
     rslora: bool = setting(False, "scale = alpha / sqrt(rank) instead")
     targets: str = setting("", "linear layers to adapt, by name, or all-linear; default: query and value")
     dropout: float = setting(0.0, "on the input of A, in training")
+    encoder_dropout: bool = setting(False, "keep the frozen encoder's own dropout in training; without, it only reads")
     # projection
     unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "role", "joint"])
     factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
     sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals")
     combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
+    # LoRI
+    a_init: str = setting("uniform", "LoRI's frozen A: Kaiming-uniform, or Gaussian", choices=["uniform", "gaussian"])
+    sparsity: float = setting(0.9, "lori-s leaves this share of B at zero")
+    granularity: str = setting("model", "what competes for lori-s's entries of B", choices=list(lori.GROUPS))
+    sparse_lr: float = setting(0.0, "lori-s's learning rate; 0: ten times --lr")
+    own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
+    merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
+    merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks")
+    continual: bool = setting(False, "train the tasks one after the other; methods out of " + ", ".join(PER_TASK))
+    disjoint: bool = setting(False, "with --continual: lori-s's masks share no entry")
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task")
     batch_size: int = setting(16, "examples per task and step")
@@ -115,8 +136,7 @@ class Settings:
 
 
 DEMO = {  # what the demo changes
-    "tasks": "sst2,mrpc,mnli,stsb", "steps": 200, "lr": 3e-3,
-    "max_length": 64, "seeds": "0,1,2",
+    "tasks": "sst2,mrpc,mnli,stsb", "steps": 200, "lr": 3e-3, "max_length": 64, "seeds": "0,1,2",
 }  # fmt: skip
 
 
@@ -169,11 +189,17 @@ def check(s):
     if s.max_length < 8:
         raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
     for flag, low, high in (("alpha", 0, 1e6), ("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("clip", 0, math.inf),
-                            ("warmup", 0, 1), ("dropout", 0, 0.99), ("holdout", 0, 1e9)):  # fmt: skip
+                            ("warmup", 0, 1), ("dropout", 0, 0.99), ("holdout", 0, 1e9), ("sparse_lr", 0, 1e3),
+                            ("merge_weight", 0, 1e3), ("sparsity", 0, 0.999999)):  # fmt: skip
         if not low <= getattr(s, flag) <= high:  # NaN is not
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
     tasks = names(s.tasks, TASKS, "task")
-    names(s.methods, METHODS, "method")
+    methods = names(s.methods, PER_TASK if s.continual else METHODS, "method")
+    for method in methods:
+        if NEEDS.get(method, method) not in methods and not s.continual:
+            raise BadInput(f"--methods: {method} is made from {NEEDS[method]}, so name that too")
+    if s.continual and len(tasks) < 2:
+        raise BadInput(f"--continual with one task, {s.tasks}: there is nothing to forget; name at least two")
     seeds = numbers(s.seeds, int, "--seeds")
     if len(set(seeds)) < len(seeds):
         raise BadInput(f"--seeds {s.seeds}: give each seed once")
@@ -285,7 +311,8 @@ def device_of(model):
 def build(method, encoder, tasks, seed, s):
     """A copy of the encoder with LoRA, and a head for each of `tasks`, on the encoder's device.
 
-    A depends on the seed alone and a head on the seed and its task, so every method starts from the same numbers.
+    A depends on the seed alone and a head on the seed and its task, so every method starts from the same numbers; but
+    where an A of its own is wanted (LoRI's adapters, to be merged), it depends on the seed and the tasks.
     """
     torch.manual_seed(seed)
     model = MultiTaskModel(copy.deepcopy(encoder), {})
@@ -301,27 +328,33 @@ def build(method, encoder, tasks, seed, s):
             torch.nn.init.constant_(model.heads[data.name].out.bias, data.guess())
     if method == "head":
         model.encoder.requires_grad_(False)
+    if method.startswith("lori") or (method == "single" and s.own_a):
+        lori.freeze_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()), s.a_init)
+        for layer in lora.lora_layers(model.encoder).values():
+            layer.A.requires_grad_(method == "single")
     torch.manual_seed(seed)  # dropout
     return model.to(device_of(encoder))
 
 
 def projected_blocks(model, method, s):
-    """The blocks for `OrthoLoRA`, and a name for each."""
-    if method not in ("pcgrad", "ortho"):
+    """The blocks for `OrthoLoRA`, and a name for each: a factor's path, or the roles in it."""
+    if method not in ("pcgrad", "ortho", "lori-ortho"):
         return [], []
-    unit = "joint" if method == "pcgrad" else s.unit
     layers = lora.lora_layers(model.encoder)
-    factors = {id(p): f for layer in layers.values() for f, p in (("A", layer.A), ("B", layer.B))}
-    blocks = [[p for p in block if factors[id(p)] in s.factors] for block in lora.blocks(model, unit)]
-    paths = {"tensor": [f"{path}.{factor}" for path in layers for factor in "AB"], "role": ["A", "B"], "joint": ["AB"]}
-    kept = [(name, block) for name, block in zip(paths[unit], blocks, strict=True) if block]
-    return [block for _, block in kept], [name for name, _ in kept]
+    paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
+    blocks = lora.blocks(model.encoder, "joint" if method == "pcgrad" else s.unit)
+    blocks = [[p for p in block if paths[id(p)][-1] in s.factors] for block in blocks]
+    blocks = [block for block in blocks if block]
+    found = [[paths[id(p)] for p in block] for block in blocks]
+    return blocks, [x[0] if len(x) == 1 else "".join(sorted({path[-1] for path in x})) for x in found]
 
 
 def task_loss(model, data, batch, s):
     """Cross-entropy, or the mean squared error over the labels' variance; a mean over the batch, in float32."""
     ids, mask, types, labels = batch
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
+    # On a CPU the fused attention's backward pass takes longer than the plain products do.
+    plain = sdpa_kernel(SDPBackend.MATH) if ids.device.type == "cpu" else contextlib.nullcontext()
+    with plain, torch.autocast(ids.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
         logits = model(data.name, ids, mask, types)  # (batch, outputs)
     if data.regression:
         return F.mse_loss(logits.float().squeeze(1), labels) / data.variance()
@@ -351,14 +384,15 @@ def rate_at(step, s):
     return min((step + 1) / warm, (s.steps - step) / max(1, s.steps - warm + 1))
 
 
-def train(method, encoder, tasks, seed, s, log, bar):
-    """Train one model on `tasks` (one of them, for `single`). Returns (model, conflict statistics or None, s/step)."""
-    device, model = device_of(encoder), build(method, encoder, tasks, seed, s)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def train(method, model, tasks, seed, s, log, bar):
+    """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step)."""
+    device, lr = device_of(model), (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
+    heads = [model.heads[data.name] for data in tasks]
+    parameters = [p for module in (model.encoder, *heads) for p in module.parameters() if p.requires_grad]
     if s.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=s.weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
     blocks, block_names = projected_blocks(model, method, s)
     ortho = None
     if blocks:
@@ -366,9 +400,13 @@ def train(method, encoder, tasks, seed, s, log, bar):
         generator = torch.Generator().manual_seed(seed)
         ortho = OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
     totals, times = None, []
+    model.train()
+    if not s.encoder_dropout:
+        model.encoder.eval()
+        for layer in lora.lora_layers(model.encoder).values():
+            layer.train()
 
     for step in range(s.steps):
-        model.train()
         begin = time.perf_counter()
         optimizer.zero_grad()
         losses = {}
@@ -385,7 +423,7 @@ def train(method, encoder, tasks, seed, s, log, bar):
             totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
         norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = s.lr * rate_at(step, s)
+            group["lr"] = lr * rate_at(step, s)
         optimizer.step()
 
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
@@ -395,7 +433,7 @@ def train(method, encoder, tasks, seed, s, log, bar):
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"the loss of {name} is {value}")
-            entry = {"method": method, "seed": seed, "step": step, "lr": s.lr * rate_at(step, s), "loss": values,
+            entry = {"method": method, "seed": seed, "step": step, "lr": group["lr"], "loss": values,
                      "grad_norm": norm.item()}  # fmt: skip
             if ortho:
                 entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
@@ -406,7 +444,7 @@ def train(method, encoder, tasks, seed, s, log, bar):
 
     seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
     stats = None if totals is None else statistics(totals, block_names, [d.name for d in tasks], s.steps)
-    return model, stats, seconds
+    return stats, seconds
 
 
 def share_of_pairs(x):
@@ -430,27 +468,89 @@ def statistics(totals, block_names, task_names, steps):
     }
 
 
-def run_method(method, encoder, tasks, seed, s, out, log, bar):
-    """Train and score one method with one seed: its entry for results.json, and its timing."""
+def run_method(method, encoder, tasks, seed, s, out, log, bar, kept):
+    """Train and score one method with one seed: its entry for results.json, and its timing.
+
+    kept: {method: {task: (adapter, head, trained scalars)}} of the per-task methods that this seed has run, for those
+    that are made from them; this adds to it.
+    """
     reset_peak_memory(device_of(encoder))
     entry = {"tasks": {}, "average": 0.0, "adapter_parameters": 0, "head_parameters": 0}
-    seconds = 0.0
-    for group in [[data] for data in tasks] if method == "single" else [tasks]:
-        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if method == "single" else ""))
-        model, stats, per_step = train(method, encoder, group, seed, s, log, bar)
-        seconds += per_step
-        if stats:
-            entry["conflicts"] = stats
-        trained = [p for p in lora.lora_parameters(model) if p.requires_grad]
-        entry["adapter_parameters"] += sum(p.numel() for p in trained)
-        entry["head_parameters"] += sum(p.numel() for p in model.heads.parameters())
+    seconds, masks = 0.0, None
+    for group in [[data] for data in tasks] if method in PER_TASK else [tasks]:
+        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if method in PER_TASK else ""))
+        model = build(method, encoder, group, seed, s)
+        if method.endswith("-merged"):
+            own = [kept[NEEDS[method]][data.name] for data in tasks]
+            adapters = [adapter for adapter, _, _ in own]
+            weights = [s.merge_weight or 1 / len(tasks)] * len(tasks)
+            lori.insert(model.encoder, lori.merge(adapters, weights, s.merge))
+            entry["cosines"] = lori.interference(adapters).numpy().round(6).tolist()
+            entry["adapter_parameters"] = sum(count for _, _, count in own)
+            for data, (_, head, _) in zip(tasks, own, strict=True):
+                model.heads[data.name] = head
+        else:
+            if method == "lori-s":  # the mask out of lori-d's B; then all over again, on the same A
+                masks = calibrated_masks(model, kept["lori-d"][group[0].name][0], s)
+                masked = lori.MaskedB(model.encoder, masks)
+            trained = lori.trained_scalars(model.encoder)
+            entry["adapter_parameters"] += trained
+            stats, per_step = train(method, model, group, seed, s, log, bar)
+            seconds += per_step
+            if stats:
+                entry["conflicts"] = stats
+            if masks:
+                masked.remove()
         for data in group:
-            predictions = predict(model, data.name, data.test)
-            entry["tasks"][data.name] = score(data.name, predictions, data.test_labels)
+            entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
+            entry["tasks"][data.name] = score(data.name, predict(model, data.name, data.test), data.test_labels)
             metadata = {"method": method, "seed": str(seed), "glue": s.glue, "max_length": str(s.max_length)}
-            save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+            folder = save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+            if masks:
+                lori.save_masks(folder, masks)
+            if method in PER_TASK:
+                kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
     entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
     return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
+
+
+def calibrated_masks(model, adapter, s, exclude=None):
+    """The masks that an adapter trained without any asks for; leaves `model` with the same A, and B = 0."""
+    try:
+        lori.insert(model.encoder, adapter)
+        masks = lori.magnitude_masks(model.encoder, s.sparsity, s.granularity, exclude)
+    except ValueError as e:
+        raise BadInput(f"lori-s: {e}") from None
+    for layer in lora.lora_layers(model.encoder).values():
+        torch.nn.init.zeros_(layer.B)
+    return masks
+
+
+def run_sequence(method, encoder, tasks, seed, s, log, bar):
+    """Train one adapter on the tasks one after the other; a head each. Its entry for results.json.
+
+    "matrix": row k has the scores of tasks 0 to k after stage k. "forgetting": how far a task's score has fallen, from
+    after its own stage to the end, averaged over all tasks but the last. "overlap": the share of a lori-s mask's
+    entries that an earlier task's mask has too, averaged over the pairs.
+    """
+    bar.set_description(f"{method} seed {seed}")
+    model, matrix, used, overlaps = build(method, encoder, tasks, seed, s), [], [], []
+    for stage, data in enumerate(tasks):
+        if method == "lori-s":  # the mask from a run of the task's own, from B = 0 on the same A
+            probe = build("lori-d", encoder, tasks, seed, s)
+            train("lori-d", probe, [data], seed, s, log, bar)
+            masks = calibrated_masks(probe, lori.adapter(probe.encoder), s, used if s.disjoint else None)
+            masked = lori.MaskedB(model.encoder, masks)  # other entries stay as earlier tasks left them
+        train(method, model, [data], seed, s, log, bar)
+        if method == "lori-s":
+            masked.remove()
+            overlaps += [lori.overlap(masks, earlier) for earlier in used]
+            used.append(masks)
+        seen = tasks[: stage + 1]
+        matrix.append([score(d.name, predict(model, d.name, d.test), d.test_labels)["score"] for d in seen])
+    forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
+    entry = {"matrix": matrix, "average": float(np.mean(matrix[-1])), "forgetting": forgetting}
+    return entry | ({"overlap": float(np.mean(overlaps))} if overlaps else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,10 +576,16 @@ def peak_memory(device):
         return None
 
 
+def passes(method, s):
+    """How many times a method trains --steps steps on each task."""
+    if method.endswith("-merged"):
+        return 0
+    return 2 if s.continual and method == "lori-s" else 1
+
+
 def estimate(encoder, tasks, methods, seeds, s):
     """Seconds that the whole run will take, from a few batches timed."""
     model = build("joint", encoder, tasks, 0, s)
-    model.train()
     times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
     for backward in (True, False):
         for data in tasks:
@@ -492,8 +598,9 @@ def estimate(encoder, tasks, methods, seeds, s):
                 sum(p.grad.sum() for p in model.parameters() if p.grad is not None) + loss.item()  # wait for the device
                 if step:  # the first one warms up
                     times[backward] += (time.perf_counter() - begin) / 2
-    steps = sum(times[method != "head"] for method in methods) * s.steps
-    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.test) for d in tasks) * len(methods)
+    steps = sum(times[method != "head"] * passes(method, s) for method in methods) * s.steps
+    scored = (len(tasks) + 1) / 2 if s.continual else 1  # times that a task is scored
+    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.test) for d in tasks) * len(methods) * scored
     return (steps + scoring) * len(seeds)
 
 
@@ -552,13 +659,14 @@ def table(results, timing):
     for method, seeds in runs.items():
         first = next(iter(seeds.values()))
         gap = "—"
-        if method not in ("head", "single", "joint") and {"single", "joint"} <= runs.keys():
+        if method in ("pcgrad", "ortho", "lori-ortho") and {"single", "joint"} <= runs.keys():
             gap = gap_recovered(averages["single"], averages["joint"], averages[method])
         memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
         rows.append([
             method, *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
             mean_and_spread(averages[method]), gap, f"{first['adapter_parameters']:,}", f"{first['head_parameters']:,}",
-            f"{step[method] / step[base]:.2f}", "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
+            f"{step[method] / step[base]:.2f}" if step[method] else "—",
+            "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
         ])  # fmt: skip
     return markdown(rows)
 
@@ -589,6 +697,38 @@ def picture(results, method="ortho"):
     return "\n".join(line.rstrip() for line in lines)
 
 
+def merges(results):
+    """For each merge: the cosines between what was merged, and each task's drop from its own adapter."""
+    lines = []
+    for method, runs in results["methods"].items():
+        if not method.endswith("-merged"):
+            continue
+        own = results["methods"][NEEDS[method]]
+        cosines = np.abs([run["cosines"] for run in runs.values()])[:, *np.tril_indices(len(results["tasks"]), -1)]
+        drops = []
+        for task in results["tasks"]:
+            lost = [own[seed]["tasks"][task]["score"] - run["tasks"][task]["score"] for seed, run in runs.items()]
+            drops.append(f"{task} {mean_and_spread(lost)}")
+        lines.append(f"{method}: |cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}; "
+                     f"drop from the task's own adapter: {', '.join(drops)}")  # fmt: skip
+    return "\n\n".join(lines)
+
+
+def sequence(results):
+    """--continual's table for each method: scores after each stage, and what was forgotten."""
+    tasks, parts = results["tasks"], []
+    for method, runs in results["methods"].items():
+        rows = [[f"{'lora' if method == 'single' else method}, after", *tasks, "average"]]
+        for stage, task in enumerate(tasks):
+            cells = [mean_and_spread([run["matrix"][stage][t] for run in runs.values()]) for t in range(stage + 1)]
+            mean = mean_and_spread([np.mean(run["matrix"][stage]) for run in runs.values()])
+            rows.append([task, *cells, *[""] * (len(tasks) - stage - 1), mean])
+        lost = f"forgetting {mean_and_spread([run['forgetting'] for run in runs.values()])}"
+        shared = [run["overlap"] for run in runs.values() if "overlap" in run]
+        parts += [markdown(rows), lost + (f"; overlap of the masks {np.mean(shared):.3f}" if shared else "")]
+    return "\n\n".join(parts)
+
+
 def report(results, timing):
     """results.md, and what the run prints at its end."""
     s, demo = results["settings"], results["demo"]
@@ -600,11 +740,12 @@ def report(results, timing):
         f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}, on {scored}: "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
         + f", {s['dtype']} on {timing['hardware']}.",
-        table(results, timing),
+        sequence(results) if s["continual"] else table(results, timing),
         "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
         + f"{'joint' if 'joint' in results['methods'] else 'the first method'}, all tasks' batches together. memory: "
         + ("the GPU allocator's peak." if "cuda" in timing["device"] else "the process's peak."),
-        picture(results),
+        "" if s["continual"] else merges(results),
+        "" if s["continual"] else picture(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -640,7 +781,8 @@ def compare(s):
     """Train every method with every seed, and print the table."""
     device = find_device(s.device)
     s.dtype = s.dtype if s.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    methods, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
+    asked, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
+    methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
     encoder, tasks = prepare(s, device)
     seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
     out = Path(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -665,19 +807,20 @@ def compare(s):
     timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
               "methods": {m: {} for m in methods}}  # fmt: skip
     begin = time.perf_counter()
-    with log, tqdm(total=len(methods) * len(seeds) * s.steps * len(tasks), unit="batch", smoothing=0.05,
-                   mininterval=0.5 if sys.stderr.isatty() else 10) as bar:  # fmt: skip
+    batches = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
+    with log, tqdm(total=batches, unit="batch", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
         for seed in seeds:
+            kept = {}
             for method in methods:
-                entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar)
+                if s.continual:
+                    results["methods"][method][seed] = run_sequence(method, encoder, tasks, seed, s, log, bar)
+                    continue
+                entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar, kept)
                 results["methods"][method][seed] = entry
                 timing["methods"][method][seed] = timed
     timing["seconds"] = time.perf_counter() - begin
-    results["summary"] = {
-        m: {"average": mean_and_spread([r["average"] for r in runs.values()], 2),
-            **{d.name: mean_and_spread([r["tasks"][d.name]["score"] for r in runs.values()], 2) for d in tasks}}
-        for m, runs in results["methods"].items()
-    }  # fmt: skip
+    results["summary"] = {m: {"average": mean_and_spread([r["average"] for r in runs.values()], 2)}
+                          for m, runs in results["methods"].items()}  # fmt: skip
     text = report(results, timing)
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
@@ -733,7 +876,7 @@ def evaluate(s, given):
 
 def main(argv=None):
     given = parse(argv)
-    s = Settings(**given)
+    s = Settings(**({"methods": ",".join(PER_TASK)} if "continual" in given else {}) | given)
     try:
         check(s)
         if s.evaluate:
@@ -747,7 +890,7 @@ def main(argv=None):
                     raise
                 print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
                       "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
-        s = Settings(**{**DEMO, **given, "demo": True})
+        s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
         check(s)
         s.out = s.out or "runs/demo"
         folder = make_demo(Path(s.out) / "demo")

@@ -53,15 +53,15 @@ def world(tmp_path):
 
 def test_snippets_run_and_train(world):
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     for snippet in snippets:
-        if "optimizer" in snippet:
-            before = None if "optimizer" not in world else [p.detach().clone() for p in world["heads"].parameters()]
+        before = [p.detach().clone() for p in (*world["encoder"].parameters(), *world["heads"].parameters())]
         if "class OrthoTrainer" in snippet:
             factors = {n: p.detach().clone() for n, p in world["model"].named_parameters() if "lora_" in n}
         exec(snippet, world)  # noqa: S102
-        if "optimizer.step()" in snippet and before is not None:
-            assert any(not torch.equal(a, b) for a, b in zip(before, world["heads"].parameters(), strict=True)), snippet
+        if "optimizer.step()" in snippet:  # something has moved
+            after = [*world["encoder"].parameters(), *world["heads"].parameters()]
+            assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=False)), snippet
     trained = dict(world["model"].named_parameters())
     assert factors and all(not torch.equal(trained[name], p) for name, p in factors.items() if "lora_B" in name)
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import lora
+import lori
 import train
 from checkpoint import read_safetensors, write_safetensors
 from glue import encode, load_task, load_tokenizer, score
@@ -161,7 +162,8 @@ def test_mean_is_the_sum_divided(demo):
     for combine in ("sum", "mean"):
         s.combine = combine
         with open(os.devnull, "w") as log:
-            model, _, _ = train.train("ortho", encoder, tasks, 0, s, log, train.tqdm(disable=True))
+            model = train.build("ortho", encoder, tasks, 0, s)
+            train.train("ortho", model, tasks, 0, s, log, train.tqdm(disable=True))
         B[combine] = [layer.B.detach() for layer in lora.lora_layers(model.encoder).values()]
     for a, b in zip(B["sum"], B["mean"], strict=True):
         assert a.abs().max() > 0
@@ -187,6 +189,106 @@ def test_estimate_and_progress_are_printed(run):
     _, text, err = run("--tasks sst2 --methods joint --steps 2")
     assert "about" in text and " to train on, " in text
     assert "joint seed 0" in err and "batch" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRI
+
+LORI = "single,joint,lori-ortho,lori-d,lori-s,lora-merged,lori-d-merged,lori-s-merged"
+
+
+@pytest.fixture(scope="module")
+def lori_run(demo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lori")
+    flags = ["--model", str(demo / "model"), "--glue", str(demo / "glue"), "--out", str(out), "--max-length", "32"]
+    flags += ["--tasks", "sst2,mnli", "--methods", LORI, "--steps", "6", "--batch-size", "4", "--lr", "5e-3", "--own-a"]
+    assert not train.main(flags)
+    return out, json.loads((out / "results.json").read_text())
+
+
+def factors_of(folder):
+    """{path: A}, {path: B} of an adapter folder."""
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    return [{n.split(".lora_")[0]: t for n, t in tensors.items() if f"lora_{f}" in n} for f in "AB"]
+
+
+def test_lori_counts_and_masks(lori_run):
+    out, results = lori_run
+    count = {m: results["methods"][m]["0"]["adapter_parameters"] for m in results["methods"]}
+    dense = count["lori-d"]
+    assert dense == count["single"] // 2 == 2 * count["lori-ortho"]  # square layers: A and B are of one size
+    assert count["lori-s"] == 2 * round(0.1 * dense / 2) and count["lori-s-merged"] == count["lori-s"]
+    for task in ("sst2", "mnli"):
+        A, B = factors_of(out / "lori-s/seed0" / task)
+        masks = lori.load_masks(out / "lori-s/seed0" / task)
+        assert sum(int(m.sum()) for m in masks.values()) == round(0.1 * dense / 2)
+        assert all(not B[f"base_model.model.bert.{path}"][~mask].any() for path, mask in masks.items())
+        dense_A, dense_B = factors_of(out / "lori-d/seed0" / task)
+        assert all(torch.equal(A[path], dense_A[path]) for path in A)  # the calibration's A
+        assert any(not torch.equal(B[path], dense_B[path]) for path in B)
+    assert not torch.equal(*(next(iter(factors_of(out / "lori-d/seed0" / t)[0].values())) for t in ("sst2", "mnli")))
+
+
+def test_merged_is_the_mean_of_the_deltas(lori_run):
+    out, results = lori_run
+    for merged, own in (("lora-merged", "single"), ("lori-d-merged", "lori-d"), ("lori-s-merged", "lori-s")):
+        A, B = factors_of(out / merged / "seed0/sst2")
+        parts = [factors_of(out / own / "seed0" / task) for task in ("sst2", "mnli")]
+        for path in A:
+            delta = sum(2.0 * b[path] @ a[path] for a, b in parts) / 2  # scale 16 / 8
+            torch.testing.assert_close(B[path] @ A[path], delta, atol=1e-7, rtol=1e-5)
+        cosines = results["methods"][merged]["0"]["cosines"]
+        a, b = (torch.cat([(b[p] @ a[p]).flatten() for p in a]) for a, b in parts)
+        assert cosines[0][1] == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
+
+
+def test_merged_adapter_is_evaluated_and_loads(lori_run, run):
+    out, results = lori_run
+    status, text, _ = run(f"--evaluate {out / 'lori-s-merged/seed0'}")
+    assert status == 0 and f"{results['methods']['lori-s-merged']['0']['tasks']['sst2']['score']:.1f}" in text
+    assert "drop from the task's own adapter" in (out / "results.md").read_text()
+
+
+def test_lori_ortho_trains_B_alone(lori_run):
+    blocks = lori_run[1]["methods"]["lori-ortho"]["0"]["conflicts"]["blocks"]
+    assert blocks and all(name.endswith(".B") for name in blocks)
+
+
+@pytest.mark.parametrize("flags", ["", "--disjoint"])
+def test_continual(run, tmp_path, flags):
+    status, text, err = run(f"--tasks sst2,mnli,stsb --continual --steps 4 --lr 5e-3 {flags}")
+    assert status == 0, err
+    runs = json.loads((tmp_path / "out/results.json").read_text())["methods"]
+    assert list(runs) == ["single", "lori-d", "lori-s"]
+    for method, seeds in runs.items():
+        matrix = seeds["0"]["matrix"]
+        assert [len(row) for row in matrix] == [1, 2, 3]
+        lost = [matrix[t][t] - matrix[2][t] for t in range(2)]
+        assert seeds["0"]["forgetting"] == pytest.approx(np.mean(lost))
+        assert ("overlap" in seeds["0"]) == (method == "lori-s")
+    assert (runs["lori-s"]["0"]["overlap"] == 0) == bool(flags)
+    assert "lora, after" in text and "forgetting" in text
+
+
+def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch):
+    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mnli", steps=5, batch_size=4,
+                       max_length=32, dtype="fp32", continual=True, disjoint=True)  # fmt: skip
+    encoder, tasks = train.prepare(s, torch.device("cpu"))
+    stages, used, scored = [], [], train.predict
+
+    def spy(model, *rest):
+        stages.append(lori.adapter(model.encoder))
+        return scored(model, *rest)
+
+    monkeypatch.setattr(train, "predict", spy)
+    masked = lori.MaskedB
+    monkeypatch.setattr(lori, "MaskedB", lambda model, masks: used.append(masks) or masked(model, masks))
+    with open(os.devnull, "w") as log:
+        train.run_sequence("lori-s", encoder, tasks, 0, s, log, train.tqdm(disable=True))
+    for path, mask in used[0].items():
+        before, after = stages[0][path][1], stages[-1][path][1]  # B after the first task, and after the second
+        assert torch.equal(before[mask], after[mask]) and not (mask & used[1][path]).any()
+    assert any(not torch.equal(stages[0][path][1], stages[-1][path][1]) for path in used[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,6 +396,12 @@ def test_submission(finished, demo, tmp_path, capsys):
     ("--device cuda:99", "--device cuda:99"),
     ("--device nothing", "--device nothing"),
     ("--submit here", "--submit needs --evaluate"),
+    ("--sparsity 1", "--sparsity 1.0 is outside"),
+    ("--sparsity -0.1", "--sparsity -0.1 is outside"),
+    ("--methods lori-s", "lori-s is made from lori-d"),
+    ("--methods lora-merged", "lora-merged is made from single"),
+    ("--continual --tasks sst2", "--continual with one task"),
+    ("--continual --methods ortho", "unknown method 'ortho'"),
     ("--evaluate nowhere", "--evaluate nowhere"),
 ])  # fmt: skip
 def test_bad_setting(run, tmp_path, flags, says):

@@ -1,0 +1,380 @@
+"""LoRI: h = W0 x + b + scale * (B ⊙ M) A x, with A a frozen random projection and M a sparse 0/1 mask on B.
+
+Zhang et al. 2025, arXiv 2504.07448. Half of LoRA's parameters are not trained at all (A), and of the other half (B)
+only the tenth that matters. Adapters whose A are drawn independently are nearly orthogonal, so they merge with little
+interference; adapters on one A with sparse masks can be trained one after the other.
+
+    freeze_A(model, seed=task_seed)                     LoRI-D: only B trains; the usual loop
+    masks = magnitude_masks(model, sparsity=0.9)        its largest entries; then start over, same A, B = 0:
+    masked = MaskedB(model, masks)                      LoRI-S
+    optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)
+    ...
+    merged = merge([adapter(a), adapter(b)])            what two models learned, as one adapter
+
+Works on any module with `LoRALinear` layers. Masks are {path: bool (out, r)}, adapters {path: (A, B, scale)}: plain
+data. Choices that are ours, since the released code leaves them to chance: A is seeded; a mask has exactly k entries.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from checkpoint import BadInput, read_header, read_safetensors, write_safetensors
+from lora import LoRALinear, lora_layers, replace_module
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRI-D: a frozen random A
+
+
+@torch.no_grad()
+def freeze_A(model, seed, init="uniform"):
+    """Redraw every A of `model` from `seed` alone, the same on every device, and freeze it.
+
+    init: "uniform" U(-1/sqrt(in), 1/sqrt(in)), Kaiming-uniform with a = sqrt(5), as in the released code; "gaussian"
+    N(0, 1 / (3 in)), the same variance, as the paper's argument assumes. A A' is near I/3 with either.
+    One seed per task for adapters to be merged; one seed for all where tasks follow each other on a shared A.
+    """
+    if init not in ("uniform", "gaussian"):
+        raise ValueError(f"unknown init {init!r}: uniform or gaussian")
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, and apart from the global one
+    for layer in layers_of(model).values():
+        A = torch.empty(layer.A.shape)  # (r, in)
+        if init == "uniform":
+            A.uniform_(-1 / math.sqrt(A.shape[1]), 1 / math.sqrt(A.shape[1]), generator=generator)
+        else:
+            A.normal_(0, 1 / math.sqrt(3 * A.shape[1]), generator=generator)
+        layer.A.copy_(A)
+        layer.A.requires_grad_(False).grad = None  # an optimizer that knows A would still step along its last gradient
+
+
+def layers_of(model):
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no LoRA layers")
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def top_k_mask(values, k, allowed=None):
+    """True at exactly k entries of `values`: those of largest magnitude; of equal ones, the first.
+
+    values: any shape; allowed: bool, the same shape, what may be chosen (default: everything). Returns bool, the same
+    shape. Raises ValueError: k < 1, fewer than k entries allowed, nothing but zeros to choose from, a NaN or infinity.
+    """
+    size = values.detach().abs().flatten()
+    if not size.isfinite().all():
+        raise ValueError("a value is not finite")
+    if allowed is not None:
+        size[~allowed.flatten()] = -1  # after every other
+    free = int((size >= 0).sum())
+    if k < 1:
+        raise ValueError(f"k = {k} of {size.numel()} entries: a mask needs at least one")
+    if k > free:
+        raise ValueError(f"{k} of {size.numel()} entries wanted, but only {free} are free")
+    if size.max() == 0:
+        raise ValueError("all values are zero, so none is larger: train B first")
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.argsort(descending=True, stable=True)[:k]] = True
+    return mask.view(values.shape)
+
+
+NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # of a layer, in "encoder.layer.3.attention.self.query"
+GROUPS = {  # granularity -> the name of the group that the layer at `path` is of
+    "model": lambda path: "the model",
+    "projection": lambda path: NUMBER.sub("*", path),  # query in every layer, value in every layer, ...
+    "layer": lambda path: f"layer {found[0]}" if (found := NUMBER.search(path)) else "outside the layers",
+    "tensor": lambda path: path,
+}
+
+
+def magnitude_masks(model, sparsity=0.9, granularity="model", exclude=None):
+    """Where |B| is largest: {path: bool (out, r)}, with exactly k = round((1 - sparsity) N) entries true.
+
+    granularity: "model" compares all N entries of all B at once, so some B may get many and some none (the method);
+    "projection" (query, value, ...), "layer" and "tensor" take k_g = round((1 - sparsity) N_g) from each group alone,
+    and the total is the sum of these, which rounding can move from round((1 - sparsity) N).
+    exclude: masks, or a list of them, whose entries can't be used again: the new mask is disjoint. N counts them still.
+    Raises ValueError: sparsity outside [0, 1), and, naming the group: a k of 0, too few entries left, a zero B.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+    if granularity not in GROUPS:
+        raise ValueError(f"unknown granularity {granularity!r}: {', '.join(GROUPS)}")
+    B = {path: layer.B.detach() for path, layer in layers_of(model).items()}  # (out, r) each
+    free = {path: torch.ones_like(values, dtype=torch.bool) for path, values in B.items()}
+    for masks in [exclude] if isinstance(exclude, dict) else exclude or []:
+        check_masks(model, masks)
+        for path, mask in masks.items():
+            free[path] &= ~mask.to(free[path].device)
+
+    groups = {}
+    for path in B:
+        groups.setdefault(GROUPS[granularity](path), []).append(path)
+    chosen = {}
+    for name, paths in groups.items():
+        values, allowed = (torch.cat([x[path].flatten() for path in paths]) for x in (B, free))  # (N_g,)
+        try:
+            mask = top_k_mask(values, round((1 - sparsity) * len(values)), allowed)
+        except ValueError as e:
+            raise ValueError(f"no mask of sparsity {sparsity} for {name}: {e}") from None
+        for path, part in zip(paths, mask.split([B[p].numel() for p in paths]), strict=True):
+            chosen[path] = part.view(B[path].shape)
+    return {path: chosen[path] for path in B}
+
+
+def check_masks(model, masks):
+    """Raise ValueError unless `masks` has one bool (out, r) for each LoRA layer of `model`, and nothing else."""
+    shapes = {path: (layer.base.out_features, layer.r) for path, layer in layers_of(model).items()}
+    if stray := sorted(masks.keys() ^ shapes.keys()):
+        there, missing = ("a mask", "LoRA layer") if stray[0] in masks else ("a LoRA layer", "mask")
+        raise ValueError(f"masks of another model: {stray[0]} is {there}, but there is no such {missing}")
+    for path, shape in shapes.items():
+        if tuple(masks[path].shape) != shape or masks[path].dtype != torch.bool:
+            found = f"{tuple(masks[path].shape)} of {masks[path].dtype}"
+            raise ValueError(f"masks of another model: that of {path} is {found}, B is {shape}")
+
+
+def overlap(masks_a, masks_b):
+    """The share of a's active entries that are active in b too. Two random masks of one tenth: 0.1."""
+    if {path: mask.shape for path, mask in masks_a.items()} != {path: mask.shape for path, mask in masks_b.items()}:
+        raise ValueError("overlap: the masks are of different models")
+    shared = sum(int((mask & masks_b[path].to(mask.device)).sum()) for path, mask in masks_a.items())
+    return shared / max(1, sum(int(mask.sum()) for mask in masks_a.values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRI-S: train the active entries of B, and no others
+
+
+class ScatterB(nn.Module):
+    """B out of its active entries, (n,) -> (out, r): all others are what they were when this was made.
+
+    By index, not by mask: neither pass has to count entries, so nothing waits for the device.
+    """
+
+    def __init__(self, B, mask):
+        super().__init__()
+        self.register_buffer("fixed", B.detach().clone())  # (out, r)
+        self.register_buffer("index", mask.flatten().nonzero().squeeze(1).to(B.device))  # (n,)
+
+    def forward(self, active):
+        return self.fixed.flatten().scatter(0, self.index, active).view_as(self.fixed)
+
+    def right_inverse(self, B):
+        return B.detach().flatten()[self.index]
+
+
+class MaskedB:
+    """Train only the entries of every B where its mask is true.
+
+        masked = MaskedB(model, masks)
+        optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)    # a new one: it can't know these parameters
+        ...
+        masked.remove()                                                # B is a plain parameter again
+
+    While it lasts, `layer.B` is computed: a fixed part, and the active entries scattered into it. These, one flat
+    vector (n,) per layer, are all that there is to train, so no optimizer can move another entry, whatever its weight
+    decay or momentum, and its state is n numbers, not out * r. B need not be zero: what is not active keeps its value,
+    what is active starts from its own. So `lora.blocks` has no B to give here; for `OrthoLoRA`, each of
+    `parameters()` is a block. State dicts hold the vectors (`...parametrizations.B.original`), fixed parts and indices.
+    Raises ValueError: masks of another model; a model that is masked already.
+    """
+
+    def __init__(self, model, masks):
+        check_masks(model, masks)
+        self.layers = lora_layers(model)
+        if any(parametrize.is_parametrized(layer) for layer in self.layers.values()):
+            raise ValueError("MaskedB: the model is masked already; remove() that first")
+        self.was_trained = {path: layer.B.requires_grad for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            layer.B.requires_grad_(bool(masks[path].any())).grad = None  # its gradient has the old shape
+            parametrize.register_parametrization(layer, "B", ScatterB(layer.B, masks[path]))
+
+    def parameters(self):
+        """The vectors of active entries, (n,) each; none for a layer without any."""
+        vectors = [layer.parametrizations.B.original for layer in self.layers.values()]
+        return [vector for vector in vectors if vector.numel()]
+
+    def remove(self):
+        """Make every B a plain `nn.Parameter` with its current value, trainable if it was before."""
+        for path, layer in self.layers.items():
+            parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
+            layer.B.requires_grad_(self.was_trained[path]).grad = None
+
+
+def trained_scalars(model):
+    """How many distinct numbers of the LoRA layers are trained, as they stand: all A and B for LoRA, all B after
+    `freeze_A`, the active entries of B under `MaskedB`. Sum of r (in + out), of r out, round((1 - sparsity) r out).
+    """
+    parameters = {id(p): p for layer in layers_of(model).values() for p in layer.parameters()}
+    return sum(p.numel() for p in parameters.values() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters as data: {path: (A (r, in), B (out, r), scale)}, with delta = scale * B A
+
+
+def adapter(model):
+    """What the LoRA layers of `model` hold now, as a copy."""
+    return {path: (layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
+            for path, layer in layers_of(model).items()}  # fmt: skip
+
+
+@torch.no_grad()
+def insert(model, adapter):
+    """Make `adapter` the LoRA layers of `model`, of whatever rank and scale, in place. Returns {path: LoRALinear}.
+
+    At each of its paths there is a plain `nn.Linear`, or a LoRA layer, which a new one replaces: same base, same
+    dropout, its factors frozen where those were. Raises ValueError before anything is changed: a path or a shape that
+    the model does not have, a LoRA layer that the adapter has nothing for, a model under `MaskedB`.
+    """
+    modules, new = dict(model.named_modules()), {}
+    if stray := sorted(lora_layers(model).keys() - adapter.keys()):
+        raise ValueError(f"adapter of other targets: it has nothing for the LoRA layer {stray[0]}")
+    for path, (A, B, scale) in adapter.items():
+        old = modules.get(path)
+        if not isinstance(old, (LoRALinear, nn.Linear)):
+            raise ValueError(f"adapter of another model: {path} is no linear layer here")
+        if parametrize.is_parametrized(old):
+            raise ValueError(f"insert: {path} is under MaskedB; remove() that first")
+        base = old.base if isinstance(old, LoRALinear) else old
+        if (B.shape[0], A.shape[1]) != (base.out_features, base.in_features) or A.shape[0] != B.shape[1]:
+            found, shape = f"A {tuple(A.shape)} and B {tuple(B.shape)}", tuple(base.weight.shape)
+            raise ValueError(f"adapter of another model: {found} for {path}, whose weight is {shape}")
+        layer = LoRALinear(base, len(A), scale * len(A), getattr(old, "dropout", 0.0))
+        layer.scale = scale  # to the bit
+        layer.A.copy_(A)
+        layer.B.copy_(B)
+        if isinstance(old, LoRALinear):
+            layer.A.requires_grad_(old.A.requires_grad)
+            layer.B.requires_grad_(old.B.requires_grad)
+        new[path] = layer
+    for path, layer in new.items():
+        replace_module(model, path, layer)
+    return new
+
+
+def check_adapters(adapters):
+    """Raise ValueError unless there is one, and all are of the same layers: paths and weight shapes."""
+    if not adapters:
+        raise ValueError("there are no adapters")
+    for t, other in enumerate(adapters[1:], 1):
+        if stray := sorted(other.keys() ^ adapters[0].keys()):
+            raise ValueError(f"adapters of different targets: {stray[0]} is in only one of adapters 0 and {t}")
+        for path, (A, B, _) in other.items():
+            shape, first = [(b.shape[0], a.shape[1]) for a, b, _ in ((A, B, 1), adapters[0][path])]
+            if shape != first:
+                raise ValueError(f"adapters of different bases: {path} is {first} in adapter 0, {shape} in {t}")
+
+
+def merge(adapters, weights=None, how="cat"):
+    """One adapter out of T, with weights w_t. Its scale is 1; s_t is adapter t's.
+
+    how: "cat"     A' = [w_1 s_1 A_1; ...; w_T s_T A_T], B' = [B_1 ... B_T]: the delta is sum_t w_t s_t B_t A_t exactly,
+                   the rank the sum of the ranks, which may differ
+         "linear"  A' = sum_t sqrt(w_t s_t) A_t, B' = sum_t sqrt(w_t s_t) B_t, of equal ranks: the same delta and, on
+                   top, T (T - 1) cross terms sqrt(w_t s_t w_u s_u) B_t A_u that nobody trained
+    weights: default 1 / T each, the mean of the deltas. That is our choice, there is no published rule: the released
+    scripts give each of three or four adapters 0.3 to 0.5. Formulas: those of peft's `add_weighted_adapter`.
+    Raises ValueError: no adapters, different layers, a wrong number of weights; "linear" with different ranks or with
+    a negative weight.
+    """
+    check_adapters(adapters)
+    weights = [1 / len(adapters)] * len(adapters) if weights is None else [float(w) for w in weights]
+    if len(weights) != len(adapters):
+        raise ValueError(f"merge: {len(adapters)} adapters, but {len(weights)} weights")
+    if how not in ("cat", "linear"):
+        raise ValueError(f"unknown merge {how!r}: cat or linear")
+    merged = {}
+    for path in adapters[0]:
+        A, B, scales = zip(*(other[path] for other in adapters), strict=True)
+        strengths = [w * s for w, s in zip(weights, scales, strict=True)]
+        if how == "cat":
+            A = torch.cat([c * a for c, a in zip(strengths, A, strict=True)])  # (sum of r_t, in)
+            B = torch.cat(B, dim=1)  # (out, sum of r_t)
+        else:
+            if len({len(a) for a in A}) > 1:
+                ranks = ", ".join(str(len(a)) for a in A)
+                raise ValueError(f"merge: linear needs equal ranks, {path} has {ranks}; use cat")
+            if min(strengths) < 0:
+                raise ValueError(f"merge: linear takes roots, so no weight may be negative: {weights}; use cat")
+            A, B = (sum(math.sqrt(c) * x for c, x in zip(strengths, X, strict=True)) for X in (A, B))
+        merged[path] = (A, B, 1.0)
+    return merged
+
+
+def interference(adapters):
+    """Cosines between the deltas of T adapters, all layers as one vector: (T, T), float64, on the CPU.
+
+    From the factors alone, <D_s, D_t> = scale_s scale_t tr(B_s' B_t A_t A_s'), with no (out, in) matrix. It vanishes
+    for independent A as `in` grows, since then A_t A_s' does; on a shared A it is near that of the B. A zero delta is
+    at no angle to anything: 0, with itself too. Ranks may differ.
+    """
+    check_adapters(adapters)
+    inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for path in adapters[0]:
+        A = torch.cat([scale * A.detach().cpu().double() for A, _, scale in (x[path] for x in adapters)])  # (R, in)
+        B = torch.cat([x[path][1].detach().cpu().double() for x in adapters], dim=1)  # (out, R)
+        ranks = torch.tensor([len(x[path][0]) for x in adapters])  # their sum is R
+        owner = torch.eye(len(adapters), dtype=torch.float64).repeat_interleave(ranks, 0)  # (R, T)
+        inner += owner.T @ ((B.T @ B) * (A @ A.T)) @ owner
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    product = norms[:, None] * norms  # (T, T)
+    return torch.where(product == 0, 0.0, inner / product)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks on disk: beside the adapter, a bit per entry of B
+
+FILE = "masks.safetensors"
+
+
+def save_masks(folder, masks):
+    """Write masks into an adapter's folder, atomically, as masks.safetensors; peft does not look at it.
+
+    Per path uint8 (ceil(out * r / 8),): entry i of the flattened mask is bit i % 8 of byte i // 8. The header's
+    metadata has the shapes: {"shapes": '{path: [out, r]}'}.
+    """
+    packed = {}
+    for path, mask in masks.items():
+        bits = F.pad(mask.detach().cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+        packed[path] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)  # (ceil(out * r / 8),)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = json.dumps({path: list(mask.shape) for path, mask in masks.items()}, separators=(",", ":"))
+    write_safetensors(folder / FILE, packed, {"shapes": shapes})
+
+
+def load_masks(folder, model=None):
+    """The masks that `save_masks` wrote; with `model`, only if they are masks for it. Raises BadInput."""
+    path = Path(folder) / FILE
+    _, metadata, _ = read_header(path)
+    packed, masks = read_safetensors(path), {}
+    try:
+        shapes = json.loads(metadata["shapes"])
+        if shapes.keys() != packed.keys() or not packed:
+            raise ValueError
+        for name, (out, r) in shapes.items():
+            count = out * r
+            bits = (packed[name][:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+            whole = packed[name].dtype == torch.uint8 and packed[name].shape == (-(-count // 8),)
+            if not whole or bits[count:].any():
+                raise ValueError
+            masks[name] = bits[:count].view(out, r)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError):
+        raise BadInput(f"{path} holds no masks: shapes and bits do not fit") from None
+    if model is not None:
+        try:
+            check_masks(model, masks)
+        except ValueError as e:
+            raise BadInput(f"{path}: {e}") from None
+    return masks
