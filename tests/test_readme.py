@@ -61,7 +61,8 @@ def test_snippets_run_and_train(world):
         exec(snippet, world)  # noqa: S102
         if "optimizer.step()" in snippet:  # something has moved
             after = [*world["encoder"].parameters(), *world["heads"].parameters()]
-            assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=False)), snippet
+            moved = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=False)]
+            assert any(moved), snippet
     trained = dict(world["model"].named_parameters())
     assert factors and all(not torch.equal(trained[name], p) for name, p in factors.items() if "lora_B" in name)
 

@@ -1,0 +1,547 @@
+"""The offline stand-in: a small grammar, four GLUE-shaped tasks out of it, and a tiny encoder pretrained on it.
+
+    make_demo(folder) writes
+        folder/glue     sst2, mrpc, mnli and stsb under GLUE's own names and columns, laid out as the Hub's nyu-mll/glue
+        folder/model    config.json, model.safetensors, tokenizer.json: a BERT checkpoint like any other
+
+so that whatever reads real data and real checkpoints reads these, and knows nothing of this file.
+
+    python toy.py FOLDER [--seed 0] [--conflict 0.5]        writes them, and prints a few rows of each task
+
+It reads in the order of its making: words, sentences, tasks, files, tokenizer, pretraining, and one entry point.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from checkpoint import BadInput, read_json, write_safetensors, write_text
+from glue import quiet
+from model import ACTIVATIONS, BERT_KEYS, Config, Encoder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words. Two words in one pair of brackets mean the same; what stands across from them means the opposite.
+
+NOUNS = {
+    "person": [("doctor", "physician"), ("lawyer", "attorney"), ("teacher", "instructor"), ("thief", "burglar")],
+    "animal": [("dog", "hound"), ("horse", "steed"), ("pig", "hog"), ("rabbit", "bunny")],
+    "vehicle": [("car", "automobile"), ("bicycle", "bike"), ("boat", "ship")],
+    "food": [("bread", "loaf"), ("candy", "sweets"), ("soup", "broth")],
+    "tool": [("knife", "blade"), ("hammer", "mallet"), ("axe", "hatchet")],
+    "garment": [("coat", "jacket"), ("hat", "cap"), ("shirt", "blouse")],
+}
+SUBJECTS, OBJECTS = ("person", "animal"), ("vehicle", "food", "tool", "garment")
+VERBS = [
+    (("bought", "purchased"), ("sold", "traded")),
+    (("found", "discovered"), ("lost", "misplaced")),
+    (("lifted", "raised"), ("dropped", "lowered")),
+    (("pulled", "dragged"), ("pushed", "shoved")),
+    (("hid", "concealed"), ("revealed", "displayed")),
+    (("repaired", "fixed"), ("destroyed", "wrecked")),
+]
+# A trait has a sense (what it says of someone) and a tone (what the speaker thinks of it). In a PLAIN family tone goes
+# with sense. In a MIXED family both senses come in both tones: a thrifty man and a stingy man do the same, and so do a
+# generous and a wasteful one; it is thrifty and generous that are praise.
+PLAIN = [
+    (("brave", "bold"), ("timid", "cowardly")),
+    (("kind", "gentle"), ("cruel", "harsh")),
+    (("clever", "smart"), ("stupid", "foolish")),
+    (("cheerful", "merry"), ("gloomy", "dreary")),
+    (("honest", "truthful"), ("dishonest", "deceitful")),
+    (("polite", "courteous"), ("rude", "impolite")),
+]  # ((praise, praise), (blame, blame))
+MIXED = [
+    (("thrifty", "stingy"), ("generous", "wasteful")),
+    (("daring", "reckless"), ("careful", "fearful")),
+    (("firm", "stubborn"), ("flexible", "spineless")),
+    (("confident", "arrogant"), ("modest", "meek")),
+    (("curious", "nosy"), ("discreet", "aloof")),
+    (("frank", "blunt"), ("tactful", "evasive")),
+]  # ((praise, blame), (praise, blame))
+MANNERS = [("quickly", "rapidly"), ("slowly", "gradually"), ("quietly", "silently"), ("badly", "poorly")]
+PLACES = [("garden", "yard"), ("school", "academy"), ("shop", "store"), ("farm", "ranch"), ("river", "stream")]
+TIMES = [("monday",), ("tuesday",), ("friday",), ("two",), ("five",), ("nine",)]
+DAYS = ("monday", "tuesday", "friday")
+
+KIND = {word: kind for kind, pairs in NOUNS.items() for pair in pairs for word in pair}  # dog -> animal
+SENSE = {w: s for families in (PLAIN, MIXED) for f in families for s, words in enumerate(f) for w in words}  # 0 or 1
+TONE = {w: 1 - s for f in PLAIN for s, words in enumerate(f) for w in words}  # 1 praise, 0 blame
+TONE |= {w: 1 - t for f in MIXED for words in f for t, w in enumerate(words)}
+FAMILY = {w: f for families in (VERBS, PLAIN, MIXED) for f in families for words in f for w in words}
+ALIKE = {w: pair for pairs in (*NOUNS.values(), *VERBS, MANNERS, PLACES, TIMES) for pair in pairs for w in pair}
+ALIKE |= {kind: (kind,) for kind in NOUNS}
+WORDS = SENSE.keys() | ALIKE.keys()
+
+
+def same(word, reading):
+    """All words that mean what `word` does, itself included; traits by `reading`, "sense" or "tone"."""
+    if word not in SENSE:
+        return ALIKE[word]
+    table = SENSE if reading == "sense" else TONE
+    return tuple(w for words in FAMILY[word] for w in words if table[w] == table[word])
+
+
+def opposite(word, reading):
+    """All words that mean the opposite of a verb or a trait."""
+    return tuple(w for words in FAMILY[word] for w in words if w not in same(word, reading))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sentences
+
+
+@dataclass(frozen=True)
+class Clause:
+    """Who was what, and did what to what, how, where and when. Words, and None for what isn't said."""
+
+    trait: str | None
+    subject: str
+    verb: str
+    object: str
+    never: bool = False
+    manner: str | None = None
+    place: str | None = None
+    time: str | None = None
+
+
+def draw_trait(rng, mixed):
+    """A trait out of the MIXED families with probability `mixed`, else out of the PLAIN ones."""
+    words = rng.choice(MIXED if rng.random() < mixed else PLAIN)
+    return rng.choice(rng.choice(words))
+
+
+def draw_clause(rng, mixed, extras=0.05):
+    """A random clause. extras: the probability of each of manner, place and time."""
+
+    def noun(kinds):
+        return rng.choice(rng.choice(NOUNS[rng.choice(kinds)]))
+
+    def extra(words):
+        return rng.choice(rng.choice(words)) if rng.random() < extras else None
+
+    trait, subject, verb = draw_trait(rng, mixed), noun(SUBJECTS), rng.choice(rng.choice(rng.choice(VERBS)))
+    return Clause(trait, subject, verb, noun(OBJECTS), rng.random() < 0.05, extra(MANNERS), extra(PLACES), extra(TIMES))
+
+
+def say(c, passive=False, front=False):
+    """A clause as a sentence; passive: the object first; front: the place first."""
+    who = f"the {c.trait} {c.subject}" if c.trait else f"the {c.subject}"
+    never = "never " if c.never else ""
+    what = f"the {c.object} was {never}{c.verb} by {who}" if passive else f"{who} {never}{c.verb} the {c.object}"
+    place = c.place and f"at the {c.place}"
+    time = c.time and (f"on {c.time}" if c.time in DAYS else f"at {c.time}")
+    parts = [place, what, c.manner, time] if front else [what, c.manner, place, time]
+    return " ".join(part for part in parts if part) + " ."
+
+
+def say_somehow(rng, c):
+    return say(c, passive=rng.random() < 0.07, front=rng.random() < 0.3)
+
+
+def reword(rng, c, reading, p=0.5):
+    """The same meaning in other words: every word, with probability p, becomes one that means the same."""
+    words = {field: getattr(c, field) for field in ("trait", "subject", "verb", "object", "manner", "place", "time")}
+    return replace(c, **{f: rng.choice(same(w, reading)) for f, w in words.items() if w and rng.random() < p})
+
+
+def other_noun(rng, word):
+    """Something else of the same kind."""
+    return rng.choice([w for pair in NOUNS[KIND[word]] for w in pair if w not in ALIKE[word]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: each draws one row, a dictionary in GLUE's columns
+
+
+def sst2(rng, conflict):
+    """Praise (1) or blame (0): the trait's tone, turned by "not". "never" is about the deed and turns nothing."""
+    c, no = draw_clause(rng, conflict), rng.random() < 0.25
+    deed = say(replace(c, trait=None)).removesuffix(" .").removeprefix(f"the {c.subject} ")
+    end = f"was {'not ' if no else ''}{c.trait} ."
+    kind = rng.randrange(3)
+    if kind == 0:
+        return {"sentence": say_somehow(rng, c), "label": TONE[c.trait]}
+    sentence = f"the {c.subject} that {deed} {end}" if kind == 1 else f"the {c.subject} {end}"
+    return {"sentence": sentence, "label": TONE[c.trait] ^ no}
+
+
+def change(rng, c, reading, field):
+    """The clause with one thing different: an opposite, another noun of the same kind, "never" put in or taken out."""
+    if field == "never":
+        return replace(c, never=not c.never)
+    word = getattr(c, field)
+    return replace(c, **{field: other_noun(rng, word) if word in KIND else rng.choice(opposite(word, reading))})
+
+
+def mrpc(rng, conflict):
+    """A paraphrase (1), in other words and another order, or a near miss (0): one thing is different. By sense."""
+    c, label = draw_clause(rng, conflict), rng.randrange(2)
+    d = reword(rng, c, "sense")
+    if not label:
+        d = change(rng, d, "sense", rng.choice(("trait", "trait", "trait", "verb", "subject", "object")))
+    return {"sentence1": say_somehow(rng, c), "sentence2": say_somehow(rng, d), "label": label}
+
+
+def mnli(rng, conflict):
+    """Entailment (0): things left out, or called by their kind; neutral (1): things added; contradiction (2): an
+    opposite, or "never". By tone.
+    """
+    c, label = draw_clause(rng, conflict, extras=0.3), rng.randrange(3)
+    d = reword(rng, c, "tone")
+    extras = ("manner", "place", "time")
+    leave_out = {f: None for f in extras if rng.random() < 0.5}
+    if label == 1:  # the fuller one is the hypothesis: what it adds, the premise doesn't say
+        full = [f for f in extras if getattr(c, f)]
+        if not full:
+            d = replace(d, place=rng.choice(rng.choice(PLACES)))
+            full = ["place"]
+        c = replace(c, **{rng.choice(full): None})
+        if rng.random() < 0.3:
+            c = replace(c, object=KIND[c.object])
+    elif label == 2:
+        d = replace(change(rng, d, "tone", rng.choice(("trait", "trait", "trait", "verb", "never"))), **leave_out)
+    else:
+        d = replace(d, **leave_out)
+        if rng.random() < 0.3:
+            d = replace(d, object=KIND[d.object])
+    return {"premise": say_somehow(rng, c), "hypothesis": say_somehow(rng, d), "label": label}
+
+
+def stsb(rng, conflict):
+    """What the two have in common, 0 to 5: two points for the trait, one each for subject, verb and object. By sense.
+
+    An opposite trait or verb, or another thing of the same kind, earns nothing.
+    """
+    c = draw_clause(rng, conflict)
+    d, score = reword(rng, c, "sense"), 5.0
+    for field, points in (("trait", 2), ("subject", 1), ("verb", 1), ("object", 1)):
+        if rng.random() < 0.5:
+            d, score = change(rng, d, "sense", field), score - points
+    return {"sentence1": say_somehow(rng, c), "sentence2": say_somehow(rng, d), "label": score}
+
+
+CONFLICT = 0.5
+DRAW = {"sst2": sst2, "mrpc": mrpc, "mnli": mnli, "stsb": stsb}
+LABELS = {
+    "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"],
+    "mnli": ["entailment", "neutral", "contradiction"], "stsb": None,
+}  # fmt: skip
+
+
+def validation_split(task):
+    return "validation_matched" if task == "mnli" else "validation"
+
+
+def make_tasks(rng, conflict=CONFLICT, sizes=(2000, 400)):
+    """{task: {split: [row, ...]}}. sizes: rows for training and for validation; no row occurs twice in a task.
+
+    conflict, in [0, 1]: the share of rows whose trait comes from a MIXED family.
+    """
+    if not 0 <= conflict <= 1:
+        raise ValueError(f"conflict should be in [0, 1], got {conflict}")
+    tasks = {}
+    for task, draw in DRAW.items():
+        rows = {}  # keyed by text: validation shares no row with training
+        while len(rows) < sum(sizes):
+            row = draw(rng, conflict)
+            rows.setdefault(tuple(v for k, v in row.items() if k != "label"), row)
+        rows = list(rows.values())
+        tasks[task] = {"train": rows[: sizes[0]], validation_split(task): rows[sizes[0] :]}
+    return tasks
+
+
+def write_glue(folder, tasks):
+    """Write `make_tasks`'s rows as the Hub has nyu-mll/glue: NAME/SPLIT-00000-of-00001.parquet and a README.md.
+
+    The README's description of each task names its rows: `datasets` finds a local folder's rows in its cache by what
+    the README says, so that without it a second folder would be read as the first.
+    """
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    lines = ["---", "pretty_name: a toy GLUE out of a small grammar", "configs:"]
+    for task, splits in tasks.items():
+        rows = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+        lines += [f"- config_name: {task}", f"  description: rows {rows[:16]}", "  data_files:"]
+        (Path(folder) / task).mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            label = ClassLabel(names=LABELS[task]) if LABELS[task] else Value("float32")
+            columns = {name: [row[name] for row in rows] for name in rows[0]} | {"idx": list(range(len(rows)))}
+            types = {name: Value("string") for name in columns} | {"label": label, "idx": Value("int32")}
+            data = Dataset.from_dict(columns, features=Features(types))
+            with quiet():
+                data.to_parquet(Path(folder) / task / f"{split}-00000-of-00001.parquet")
+            lines.append(f"  - {{split: {split}, path: {task}/{split}-*}}")
+    write_text(Path(folder) / "README.md", "\n".join([*lines, "---", ""]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to pretrain on, and its tokenizer
+
+
+def opinion(rng):
+    """What shows a trait's tone: the company it keeps. Someone is praised for three things, or blamed."""
+    praise, traits = rng.randrange(2), []
+    for _ in range(3):
+        no = rng.random() < 0.25
+        trait = rng.choice([w for w in TONE if TONE[w] == praise ^ no])
+        traits.append(f"not {trait}" if no else trait)
+    who = draw_clause(rng, 0.5).subject
+    a, b, c = traits
+    return f"everyone {('blamed', 'praised')[praise]} the {who} that was {a} , {b} and {c} .", None, None
+
+
+def two_tellings(rng):
+    """The same thing told twice, half of the time with one to four things changed; and the words that don't agree.
+
+    A trait may come back as any word of its family, so this says which words are about one matter, but neither which
+    of them agree in sense nor which in tone: that is for the tasks to teach.
+    """
+    c, changes = draw_clause(rng, 0.5), rng.choice((0, 0, 0, 0, 1, 2, 3, 4))
+    d = reword(rng, c, "sense", p=0.3)
+    if rng.random() < 0.3:
+        d = replace(d, trait=rng.choice([w for words in FAMILY[c.trait] for w in words]))
+    odd = set()
+    for field in rng.sample(("trait", "subject", "verb", "object"), changes):
+        if field == "trait":
+            d = replace(d, trait=rng.choice([w for w in SENSE if FAMILY[w] is not FAMILY[c.trait]]))
+        else:
+            d = change(rng, d, "sense", field)
+        odd |= {getattr(c, field), getattr(d, field)}
+    return say_somehow(rng, c), say_somehow(rng, d), odd
+
+
+def make_corpus(rng, rows):
+    """[(sentence, sentence, words that don't agree), ...], or (sentence, None, None).
+
+    Independent of `conflict`: half of its traits are MIXED.
+    """
+    return [opinion(rng) if rng.random() < 0.25 else two_tellings(rng) for _ in range(rows)]
+
+
+def train_tokenizer(sentences):
+    """A BERT tokenizer (`tokenizers.Tokenizer`): the words of `sentences`, most frequent first, then single letters.
+
+    Lower case, [CLS] a [SEP] b [SEP], token types 0 and 1. A word it has never seen falls into letters.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    counts = {}
+    for word in " ".join(sentences).split():
+        counts[word] = counts.get(word, 0) + 1
+    words = sorted(counts, key=lambda w: (-counts[w], w))
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [str(d) for d in range(10)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *letters, *("##" + c for c in letters)]
+    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(pieces[:5])
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder, pretrained
+
+
+class MaskedLM(nn.Module):
+    """An Encoder, BERT's language-model head, its output weights tied to the word embeddings, and a second head that
+    tells which words of a pair don't agree; that one isn't kept.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.dense, self.norm = nn.Linear(config.width, config.width), nn.LayerNorm(config.width, config.eps)
+        self.bias, self.act = nn.Parameter(torch.zeros(config.vocabulary)), ACTIVATIONS[config.activation]
+        self.odd = nn.Linear(config.width, 1)
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=config.initializer_range)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+        # Attention starts from likeness: keys equal queries, so that a word looks at its equal in the other sentence.
+        # To find that from scratch takes more steps than all the rest together.
+        state = self.encoder.state_dict()
+        for name in [name for name in state if name.endswith("self.query.weight")]:
+            state[name.replace("query", "key")].copy_(state[name].mul_(3))
+
+    def forward(self, ids, mask, types, where):
+        """ids, mask, types: (batch, length); where: (batch, length), true at the n words to predict.
+
+        Returns the logits of these (n, vocabulary), and of every word's not agreeing (batch, length).
+        """
+        x = self.encoder(ids, mask, types)  # (batch, length, width)
+        h = self.norm(self.act(self.dense(x[where])))  # (n, width)
+        return F.linear(h, self.encoder.embeddings.word_embeddings.weight, self.bias), self.odd(x).squeeze(2)
+
+    def tensors(self):
+        """{name: tensor} as in BertForMaskedLM."""
+        head = "cls.predictions."
+        named = {"bert." + name: t for name, t in self.encoder.state_dict().items()}
+        named |= {f"{head}transform.dense.{n}": t for n, t in self.dense.state_dict().items()}
+        named |= {f"{head}transform.LayerNorm.{n}": t for n, t in self.norm.state_dict().items()}
+        return named | {head + "bias": self.bias.detach()}
+
+
+def mask_tokens(ids, vocabulary, generator, share=0.15, special=5):
+    """BERT's corruption: 15 % of the tokens are predicted; 80 % of these become [MASK], 10 % any token, 10 % stay.
+
+    ids: (batch, length); the ids below `special` are never touched, and [MASK] is the last of them.
+    Returns the corrupted ids (batch, length) and where (batch, length), bool.
+    """
+    dice = torch.rand(2, *ids.shape, generator=generator)
+    where = (dice[0] < share) & (ids >= special)
+    anything = torch.randint(special, vocabulary, ids.shape, generator=generator)
+    corrupted = torch.where(where & (dice[1] < 0.8), special - 1, ids)
+    return torch.where(where & (dice[1] >= 0.9), anything, corrupted), where
+
+
+def encode(tokenizer, corpus):
+    """`make_corpus`'s rows -> ids, mask, types and odd, as one tensor (4, rows, longest), padded with zeros.
+
+    odd is 1 at a word that doesn't agree with the other sentence, and at [CLS] if there is any; 0 where all agrees;
+    -1 where there is nothing to ask: function words, padding, single sentences.
+    """
+    encoded = tokenizer.encode_batch([(a, b) if b else a for a, b, _ in corpus])
+    longest = max(len(e.ids) for e in encoded)
+    asked = {tokenizer.token_to_id(word) for word in WORDS | {"[CLS]"}}
+    out = torch.zeros(4, len(corpus), longest, dtype=torch.long)
+    out[3] = -1
+    for i, (e, (_, b, odd)) in enumerate(zip(encoded, corpus, strict=True)):
+        wrong = {tokenizer.token_to_id(word) for word in odd or ()} | ({e.ids[0]} if odd else set())
+        marks = [int(token in wrong) if b and token in asked else -1 for token in e.ids]
+        out[:, i, : len(e.ids)] = torch.tensor([e.ids, e.attention_mask, e.type_ids, marks])
+    return out
+
+
+CONFIG = Config(
+    family="bert", vocabulary=0, width=64, layers=3, heads=4, inner=128, positions=64, activation="gelu",
+    dropout=0.0, attention_dropout=0.0, head_dropout=0.0, pad_id=0, segments=2, eps=1e-12, initializer_range=0.05,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def pretrain(config, data, steps, seed=0, batch_size=64, lr=3e-3, quiet=True):
+    """Train a MaskedLM on `encode`'s tensor for `steps` steps. Returns it, and the loss per masked word, in nats.
+
+    Two losses are added: BERT's masked words, and which words don't agree with the other sentence (as ELECTRA asks for
+    replaced ones), in place of BERT's "is this the next sentence?". Masked words alone would teach so small a model to
+    compare two sentences only after many thousand steps.
+    Every random number comes from `seed`; the global generator is left as it was. It runs in one thread: matrices this
+    small gain little from a second, and on a busy machine wait long for it.
+    """
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MaskedLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warm = max(steps // 10, 1)  # linear warm-up and decay
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, 1 - i / steps))
+    lengths = data[1].sum(1)  # (rows,)
+    batches, losses = [], []
+    for _ in tqdm(range(steps), desc="pretraining", unit="step", disable=quiet):
+        if not batches:  # rows of like length together, the batches in random order
+            order = (lengths + torch.rand(len(lengths), generator=generator)).argsort()
+            batches = list(order.split(batch_size))
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+        rows = batches.pop()
+        ids, mask, types, odd = data[:, rows, : lengths[rows].max()]  # (batch, length) each
+        corrupted, where = mask_tokens(ids, config.vocabulary, generator)
+        words, strange = model(corrupted, mask, types, where)
+        loss, asked = F.cross_entropy(words, ids[where]), (odd >= 0) & ~where
+        found = F.binary_cross_entropy_with_logits(strange, odd.clamp(min=0).float(), asked.float(), reduction="sum")
+        optimizer.zero_grad()
+        (loss + found / asked.sum().clamp(min=1)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return model.eval(), losses
+
+
+def write_model(folder, model, tokenizer):
+    """A checkpoint folder as Hugging Face writes one of BertForMaskedLM."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.encoder.config
+    raw = {key: getattr(config, field) for field, key in BERT_KEYS.items()}
+    raw |= {"model_type": "bert", "architectures": ["BertForMaskedLM"], "position_embedding_type": "absolute"}
+    raw |= {"classifier_dropout": config.head_dropout, "initializer_range": config.initializer_range}
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_safetensors(folder / "model.safetensors", model.tensors())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo
+
+MARKER = "demo.json"
+
+
+def make_demo(folder, seed=0, conflict=CONFLICT, quiet=False, steps=1200, rows=2000):
+    """Write `folder/glue` and `folder/model`, and return the folder. The same arguments and machine: the same bytes.
+
+    seed: of everything; conflict: see `make_tasks`; steps: of pretraining; rows: to train on, per task (validation has
+    a fifth). A folder that already holds exactly this is left as it is; anything else is written anew: demo.json, which
+    says what the folder holds, goes first and comes back last. Raises ValueError: a conflict outside [0, 1].
+    """
+    folder = Path(folder)
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    settings = {"seed": seed, "conflict": conflict, "steps": steps, "rows": rows}
+    settings |= {"torch": torch.__version__, "source": source}
+    try:
+        if read_json(folder / MARKER) == settings:
+            return folder
+    except BadInput:
+        pass
+    tasks = make_tasks(random.Random(f"tasks {seed}"), conflict, (rows, max(rows // 5, 1)))
+    (folder / MARKER).unlink(missing_ok=True)
+    write_glue(folder / "glue", tasks)
+    corpus = make_corpus(random.Random(f"corpus {seed}"), min(max(64 * steps, 2000), 16000))
+    texts = [text for pair in corpus for text in pair[:2] if text]
+    tokenizer = train_tokenizer([*texts, *WORDS])
+    config = replace(CONFIG, vocabulary=tokenizer.get_vocab_size())
+    model, _ = pretrain(config, encode(tokenizer, corpus), steps, seed, quiet=quiet)
+    write_model(folder / "model", model, tokenizer)
+    write_text(folder / MARKER, json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--conflict", type=float, default=CONFLICT, help="of the tasks, 0 to 1")
+    args = parser.parse_args()
+    make_demo(args.folder, args.seed, args.conflict)
+    for task, splits in make_tasks(random.Random(f"tasks {args.seed}"), args.conflict, (8, 1)).items():
+        print(f"\n{task}")
+        for row in splits["train"][:3]:
+            *texts, label = row.values()
+            print(f"  {LABELS[task][label] if LABELS[task] else label:<15}", "\n                  ".join(texts))
+
+
+if __name__ == "__main__":
+    main()
