@@ -1,7 +1,7 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
-Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that has `nn.Linear` layers inside, a
-`transformers` model included:
+Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
+`transformers` model included (not where a layer's weight is read past its forward, as torch's fused attention does):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
@@ -75,7 +75,11 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
     Raises ValueError before anything is changed: no target, a target or layer that matches nothing, a module that has
     LoRA, a rank or dropout that LoRALinear refuses.
     """
-    linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    if isinstance(module, nn.Linear):
+        raise ValueError("the module is a linear layer itself; wrap it: LoRALinear(module, r, alpha)")
+    # nn.MultiheadAttention reads its out_proj's weight and never calls it, so LoRA there would do nothing
+    bypassed = nn.modules.linear.NonDynamicallyQuantizableLinear
+    linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, bypassed)}
     names = sorted({path.rpartition(".")[2] for path in linear})
     if lora_layers(module):
         raise ValueError("the module has LoRA layers already")

@@ -1,7 +1,7 @@
 """LoRI: h = W0 x + b + scale * (B ⊙ M) A x, with A a frozen random projection and M a sparse 0/1 mask on B.
 
-Zhang et al. 2025, arXiv 2504.07448. Half of LoRA's parameters are not trained at all (A), and of the other half (B)
-only the tenth that matters. Adapters whose A are drawn independently are nearly orthogonal, so they merge with little
+Zhang et al. 2025, arXiv 2504.07448. A, half of LoRA's parameters where a layer is square, is not trained at all, and of
+B only the tenth that matters. Adapters whose A are drawn independently are nearly orthogonal, so they merge with little
 interference; adapters on one A with sparse masks can be trained one after the other.
 
     freeze_A(model, seed=task_seed)                     LoRI-D: only B trains; the usual loop
@@ -184,8 +184,9 @@ class MaskedB:
     While it lasts, `layer.B` is computed: a fixed part, and the active entries scattered into it. These, one flat
     vector (n,) per layer, are all that there is to train, so no optimizer can move another entry, whatever its weight
     decay or momentum, and its state is n numbers, not out * r. B need not be zero: what is not active keeps its value,
-    what is active starts from its own. So `lora.blocks` has no B to give here; for `OrthoLoRA`, each of
-    `parameters()` is a block. State dicts hold the vectors (`...parametrizations.B.original`), fixed parts and indices.
+    what is active starts from its own. `lora.blocks` and `lora_parameters` would give the computed B, which can't be
+    trained: for `OrthoLoRA` each of `parameters()` is a block. State dicts hold the vectors
+    (`...parametrizations.B.original`), fixed parts and indices.
     Raises ValueError: masks of another model; a model that is masked already.
     """
 

@@ -55,6 +55,14 @@ def projection_coefficients(gram, order):
     return C
 
 
+def combine(grads, weights):
+    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
+    out = grads[:, 0] * weights[:, 0, None]
+    for j in range(1, grads.shape[1]):
+        out.addcmul_(grads[:, j], weights[:, j, None])
+    return out
+
+
 @contextlib.contextmanager
 def full_float32(device):
     """Products of float32 in float32: no autocast, no TF32 or bf16 shortcut (whose switches are process-wide)."""
@@ -83,6 +91,7 @@ class Conflicts:
     conflicts  (blocks, T, T)  bool: cosine < 0, so the diagonal is false
     removed    (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
     finite     (blocks, T)     bool: no NaN, no infinity, and no norm beyond float32, in task i's gradient of the block
+    parameters [[tensor]]      the blocks themselves, for names in messages
     """
 
     cosines: torch.Tensor
@@ -133,19 +142,24 @@ class OrthoLoRA:
             raise ValueError("OrthoLoRA: a parameter is in more than one block")
         if not all(p.is_leaf and p.requires_grad for p in parameters):
             raise ValueError("OrthoLoRA: a tensor in blocks never gets a .grad: it is frozen, or computed from others")
+        if len({p.device for p in parameters}) > 1:
+            raise ValueError("OrthoLoRA: the parameters in blocks are on several devices")
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
         self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
 
-        # One buffer holds every task's gradient; blocks of one size lie side by side, to be seen as one (k, T, n).
+        # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
+        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, and by_size is [(1, 2), (2, 6)].
         sizes = [sum(p.numel() for p in block) for block in self.blocks]
-        places = sorted(range(len(sizes)), key=lambda b: sizes[b])  # stable
-        device, dtype = parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32)
-        self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=device)  # (T, P)
-        self.parameters = [p for b in places for p in self.blocks[b]]  # in the buffer's order
-        self.groups = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in places)]  # k blocks of n
-        self.back = torch.tensor(places, device=device).argsort()  # from the buffer's order to the caller's
+        order = sorted(range(len(sizes)), key=lambda b: sizes[b])  # the buffer's; stable
+        self.by_size = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in order)]
+        self.callers_order = torch.tensor(order, device=parameters[0].device).argsort()
+        self.parameters = [p for b in order for p in self.blocks[b]]
+        dtype = torch.float32
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
+        self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
         self.views = [self._per_parameter(row) for row in self.rows]
         self.written = [None] * len(parameters)
 
@@ -154,16 +168,17 @@ class OrthoLoRA:
         parts = row.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
-    def _groups(self, rows):
-        """(T, P) -> one view (k, T, n) for each size of block."""
-        parts = rows.split([k * n for k, n in self.groups], dim=1)
-        return [part.unflatten(1, kn).transpose(0, 1) for part, kn in zip(parts, self.groups, strict=True)]
+    def _stacked(self):
+        """The rows (T, P) as one view (k, T, n) for each size of block."""
+        parts = self.rows.split([k * n for k, n in self.by_size], dim=1)
+        return [part.unflatten(1, kn).transpose(0, 1) for part, kn in zip(parts, self.by_size, strict=True)]
 
     @torch.no_grad()
     def collect(self, task):
         """After `task`'s backward(): add each parameter's .grad to the task's row, and clear it, without waiting.
 
-        Call it once for each micro-batch. Raises RuntimeError where .grad is still the tensor that `project` wrote.
+        Call it once for each micro-batch; to give up a step half-way, `ortho.rows.zero_()`. Raises RuntimeError where
+        .grad is still the tensor that `project` wrote.
         """
         for p, written in zip(self.parameters, self.written, strict=True):
             if p.grad is not None and p.grad is written:
@@ -187,23 +202,23 @@ class OrthoLoRA:
         With one task, or no conflict, a float32 .grad is, to the bit, the rows added from first to last.
         """
         order = self.random_order() if order is None else torch.as_tensor(order)
-        groups = self._groups(self.rows)
+        stacks = self._stacked()
         with full_float32(self.rows.device):
-            gram = torch.cat([g @ g.mT for g in groups])  # (blocks, T, T)
-        if self.sequential:
-            projected = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in groups]
-            update = torch.cat([v.sum(1).flatten() for v in projected])  # (P,)
-            gone = torch.cat([(g - v).square().sum(2) for g, v in zip(groups, projected, strict=True)])  # (blocks, T)
-        else:
-            C = projection_coefficients(gram, order.to(self.rows.device, non_blocking=True))
-            weights = C.sum(1).split([k for k, _ in self.groups])  # (k, T) each: sum_i v_i = sum_j (sum_i C_ij) g_j
-            update = torch.cat([combine(g, w).flatten() for g, w in zip(groups, weights, strict=True)])  # (P,)
-            D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # g_i - v_i = -sum_j D_ij g_j
-            gone = torch.einsum("bij,bjk,bik->bi", D, gram, D)
+            gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)
+            if self.sequential:
+                v = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in stacks]
+                update = torch.cat([x.sum(1).flatten() for x in v])  # (P,)
+                gone = torch.cat([(g - x).square().sum(2) for g, x in zip(stacks, v, strict=True)])  # (blocks, T)
+            else:
+                C = projection_coefficients(gram, order.to(self.rows.device, non_blocking=True))
+                weights = C.sum(1).split([k for k, _ in self.by_size])  # sum_i v_i = sum_j (sum_i C_ij) g_j
+                update = torch.cat([combine(g, w).flatten() for g, w in zip(stacks, weights, strict=True)])  # (P,)
+                D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # v_i - g_i = sum_j D_ij g_j
+                gone = ((D @ gram) * D).sum(2)  # (blocks, T): |v_i - g_i|^2
         for i, (p, grad) in enumerate(zip(self.parameters, self._per_parameter(update), strict=True)):
             p.grad = self.written[i] = grad.to(p.dtype)
         self.rows.zero_()
-        return self.statistics(gram[self.back], gone[self.back])
+        return self._statistics(gram[self.callers_order], gone[self.callers_order])
 
     def random_order(self):
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
@@ -211,17 +226,9 @@ class OrthoLoRA:
         draws = torch.stack([torch.randperm(T, generator=self.generator) for _ in range(T)])  # (T, T)
         return draws[draws != torch.arange(T)[:, None]].view(T, T - 1)
 
-    def statistics(self, gram, gone):
+    def _statistics(self, gram, gone):
         sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
         norms = sizes.sqrt()
         cosines = (gram / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0)
         removed = (gone.clamp(min=0) / sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
         return Conflicts(cosines, cosines < 0, removed, sizes.isfinite(), self.blocks)
-
-
-def combine(grads, weights):
-    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
-    out = grads[:, 0] * weights[:, 0, None]
-    for j in range(1, grads.shape[1]):
-        out.addcmul_(grads[:, j], weights[:, j, None])
-    return out

@@ -243,7 +243,12 @@ def validation_split(task):
 def make_tasks(rng, conflict=CONFLICT, sizes=(2000, 400)):
     """{task: {split: [row, ...]}}. sizes: rows for training and for validation; no row occurs twice in a task.
 
-    conflict, in [0, 1]: the share of rows whose trait comes from a MIXED family.
+    conflict, in [0, 1]: the probability that a row's trait comes from a MIXED family, not a PLAIN one. sst2 and mnli go
+    by tone, mrpc and stsb by sense. At 0 the two never differ, and the tasks agree on which traits mean the same. At 1
+    they always can: "thrifty" and "stingy" are opposites to sst2 and mnli and the same to mrpc and stsb, "thrifty" and
+    "generous" the other way round. A head alone cannot turn this over, since its sign is settled by the words on which
+    all agree (verbs and nouns, always). Seen from one task the knob changes nothing but which words pair up.
+    Raises ValueError: a conflict outside [0, 1].
     """
     if not 0 <= conflict <= 1:
         raise ValueError(f"conflict should be in [0, 1], got {conflict}")
@@ -268,8 +273,8 @@ def write_glue(folder, tasks):
 
     lines = ["---", "pretty_name: a toy GLUE out of a small grammar", "configs:"]
     for task, splits in tasks.items():
-        rows = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
-        lines += [f"- config_name: {task}", f"  description: rows {rows[:16]}", "  data_files:"]
+        digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+        lines += [f"- config_name: {task}", f"  description: rows {digest[:16]}", "  data_files:"]
         (Path(folder) / task).mkdir(parents=True, exist_ok=True)
         for split, rows in splits.items():
             label = ClassLabel(names=LABELS[task]) if LABELS[task] else Value("float32")
@@ -301,8 +306,9 @@ def opinion(rng):
 def two_tellings(rng):
     """The same thing told twice, half of the time with one to four things changed; and the words that don't agree.
 
-    A trait may come back as any word of its family, so this says which words are about one matter, but neither which
-    of them agree in sense nor which in tone: that is for the tasks to teach.
+    A trait comes back as itself or another word of its sense, or, three times in ten, as any word of its family: this
+    says which words are about one matter and hints at sense, as `opinion` hints at tone. Which of the two makes words
+    the same is for the tasks to teach.
     """
     c, changes = draw_clause(rng, 0.5), rng.choice((0, 0, 0, 0, 1, 2, 3, 4))
     d = reword(rng, c, "sense", p=0.3)
@@ -533,7 +539,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conflict", type=float, default=CONFLICT, help="of the tasks, 0 to 1")
+    parser.add_argument("--conflict", type=float, default=CONFLICT, help="share of words they disagree on")
     args = parser.parse_args()
     make_demo(args.folder, args.seed, args.conflict)
     for task, splits in make_tasks(random.Random(f"tasks {args.seed}"), args.conflict, (8, 1)).items():

@@ -67,14 +67,14 @@ METHODS = {  # name -> what it is, for the help text
     "joint": "one shared adapter, the tasks' gradients added",
     "pcgrad": "one shared adapter, all its factors projected as one vector",
     "ortho": "one shared adapter, each factor A and B projected alone: Ortho-LoRA",
-    "lori-ortho": "the same with A frozen and random, so only B is trained and projected",
+    "lori-ortho": "ortho with A frozen and random, so that only B is trained and projected",
     "lori-d": "one adapter per task, A frozen and random: LoRI, dense",
-    "lori-s": "the same, and only the largest tenth of B, by lori-d, is trained: LoRI, sparse",
+    "lori-s": "lori-d again, training only the tenth of B that it made largest: LoRI, sparse",
     "lora-merged": "single's adapters merged into one, not trained again",
-    "lori-d-merged": "lori-d's",
-    "lori-s-merged": "lori-s's",
+    "lori-d-merged": "lori-d's adapters merged into one",
+    "lori-s-merged": "lori-s's adapters merged into one",
 }
-PER_TASK = ("single", "lori-d", "lori-s")
+PER_TASK, PROJECTED = ("single", "lori-d", "lori-s"), ("pcgrad", "ortho", "lori-ortho")
 NEEDS = {"lori-s": "lori-d", "lora-merged": "single", "lori-d-merged": "lori-d", "lori-s-merged": "lori-s"}
 
 
@@ -109,7 +109,7 @@ class Settings:
     a_init: str = setting("uniform", "LoRI's frozen A: Kaiming-uniform, or Gaussian", choices=["uniform", "gaussian"])
     sparsity: float = setting(0.9, "lori-s leaves this share of B at zero")
     granularity: str = setting("model", "what competes for lori-s's entries of B", choices=list(lori.GROUPS))
-    sparse_lr: float = setting(0.0, "lori-s's learning rate; 0: ten times --lr")
+    sparse_lr: float = setting(0.0, "lori-s's learning rate for B, its heads keep --lr; 0: ten times --lr")
     own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
     merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
     merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks")
@@ -176,7 +176,7 @@ def numbers(text, kind, flag):
         values = [kind(part) for part in text.split(",")]
     except ValueError:
         raise BadInput(f"{flag} {text!r} is not a list of numbers such as 0,1,2") from None
-    if not all(math.isfinite(v) and v >= 0 for v in values):
+    if not all(0 <= v < math.inf for v in values):
         raise BadInput(f"{flag} {text!r}: negative or not finite")
     return values
 
@@ -184,8 +184,8 @@ def numbers(text, kind, flag):
 def check(s):
     """Every setting that can be judged by itself. Raises BadInput."""
     for flag in ("rank", "steps", "batch_size"):
-        if getattr(s, flag) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: at least 1 is needed")
+        if not 1 <= getattr(s, flag) <= 10_000_000:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside 1 to 10,000,000")
     if s.max_length < 8:
         raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
     for flag, low, high in (("alpha", 0, 1e6), ("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("clip", 0, math.inf),
@@ -200,13 +200,32 @@ def check(s):
             raise BadInput(f"--methods: {method} is made from {NEEDS[method]}, so name that too")
     if s.continual and len(tasks) < 2:
         raise BadInput(f"--continual with one task, {s.tasks}: there is nothing to forget; name at least two")
+    if any(method.endswith("-merged") for method in methods) and len(tasks) < 2:
+        raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: there is nothing to merge; name at least two")
+    if s.disjoint and (not s.continual or round(len(tasks) * (1 - s.sparsity), 9) > 1):
+        raise BadInput(f"--disjoint needs --continual, and {len(tasks)} masks of --sparsity {s.sparsity} to fit into B")
+    if "lori-ortho" in methods and "B" not in s.factors:
+        raise BadInput(f"--factors {s.factors}: lori-ortho trains B alone, so it would project nothing")
     seeds = numbers(s.seeds, int, "--seeds")
-    if len(set(seeds)) < len(seeds):
-        raise BadInput(f"--seeds {s.seeds}: give each seed once")
+    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**63:
+        raise BadInput(f"--seeds {s.seeds}: give each seed once, and none of 2^63 or more")
     if s.task_weights and len(numbers(s.task_weights, float, "--task-weights")) != len(tasks):
         raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
     if s.submit and not s.evaluate:
         raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
+
+
+def open_out(folder):
+    """Make the out folder, and take an earlier run's results out of it. Raises BadInput where it can't be written."""
+    out = Path(folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "results.md", "timing.json"):
+            (out / name).unlink(missing_ok=True)
+        (out / "log.jsonl").write_text("")
+    except OSError as e:
+        raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
+    return out
 
 
 def find_device(name):
@@ -338,7 +357,7 @@ def build(method, encoder, tasks, seed, s):
 
 def projected_blocks(model, method, s):
     """The blocks for `OrthoLoRA`, and a name for each: a factor's path, or the roles in it."""
-    if method not in ("pcgrad", "ortho", "lori-ortho"):
+    if method not in PROJECTED:
         return [], []
     layers = lora.lora_layers(model.encoder)
     paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
@@ -387,12 +406,13 @@ def rate_at(step, s):
 def train(method, model, tasks, seed, s, log, bar):
     """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step)."""
     device, lr = device_of(model), (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
-    heads = [model.heads[data.name] for data in tasks]
-    parameters = [p for module in (model.encoder, *heads) for p in module.parameters() if p.requires_grad]
+    adapter = [p for p in model.encoder.parameters() if p.requires_grad]
+    heads = [p for data in tasks for p in model.heads[data.name].parameters()]
+    groups = [{"params": p, "peak": peak} for p, peak in ((adapter, lr), (heads, s.lr)) if p]
     if s.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=s.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
     else:
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
     blocks, block_names = projected_blocks(model, method, s)
     ortho = None
     if blocks:
@@ -421,9 +441,9 @@ def train(method, model, tasks, seed, s, log, bar):
             conflicts = ortho.project()
             seen = [conflicts.conflicts.float(), conflicts.cosines, conflicts.removed]
             totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(adapter + heads, s.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = lr * rate_at(step, s)
+            group["lr"] = group["peak"] * rate_at(step, s)
         optimizer.step()
 
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
@@ -433,7 +453,7 @@ def train(method, model, tasks, seed, s, log, bar):
             for name, value in values.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"the loss of {name} is {value}")
-            entry = {"method": method, "seed": seed, "step": step, "lr": group["lr"], "loss": values,
+            entry = {"method": method, "seed": seed, "step": step, "lr": lr * rate_at(step, s), "loss": values,
                      "grad_norm": norm.item()}  # fmt: skip
             if ortho:
                 entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
@@ -504,14 +524,20 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept):
         for data in group:
             entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
             entry["tasks"][data.name] = score(data.name, predict(model, data.name, data.test), data.test_labels)
-            metadata = {"method": method, "seed": str(seed), "glue": s.glue, "max_length": str(s.max_length)}
-            folder = save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+            folder = save(model, data, method, seed, s, out)
             if masks:
                 lori.save_masks(folder, masks)
             if method in PER_TASK:
                 kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
     entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
     return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
+
+
+def save(model, data, method, seed, s, out):
+    """Write one task's adapter, with what scoring it again takes; returns its folder."""
+    metadata = {"method": method, "seed": str(seed), "revision": s.revision, "glue": s.glue}
+    metadata |= {"max_length": str(s.max_length)}
+    return save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
 
 
 def calibrated_masks(model, adapter, s, exclude=None):
@@ -526,7 +552,7 @@ def calibrated_masks(model, adapter, s, exclude=None):
     return masks
 
 
-def run_sequence(method, encoder, tasks, seed, s, log, bar):
+def run_sequence(method, encoder, tasks, seed, s, out, log, bar):
     """Train one adapter on the tasks one after the other; a head each. Its entry for results.json.
 
     "matrix": row k has the scores of tasks 0 to k after stage k. "forgetting": how far a task's score has fallen, from
@@ -548,6 +574,10 @@ def run_sequence(method, encoder, tasks, seed, s, log, bar):
             used.append(masks)
         seen = tasks[: stage + 1]
         matrix.append([score(d.name, predict(model, d.name, d.test), d.test_labels)["score"] for d in seen])
+    for stage, data in enumerate(tasks):
+        folder = save(model, data, method, seed, s, out)
+        if used:
+            lori.save_masks(folder, used[stage])
     forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
     entry = {"matrix": matrix, "average": float(np.mean(matrix[-1])), "forgetting": forgetting}
     return entry | ({"overlap": float(np.mean(overlaps))} if overlaps else {})
@@ -637,6 +667,15 @@ def gap_recovered(single, joint, other):
     return f"{share.mean():.0f} ± {share.std(ddof=1):.0f} %"
 
 
+def summary(method, averages):
+    """A method's mean and standard deviation over seeds, and for a projection the gap recovered."""
+    own = averages[method]
+    found = {"mean": float(np.mean(own)), "std": float(np.std(own, ddof=1)) if len(own) > 1 else None}
+    if method in PROJECTED and {"single", "joint"} <= averages.keys():
+        found["gap_recovered"] = gap_recovered(averages["single"], averages["joint"], own)
+    return found
+
+
 def markdown(rows):
     """Rows of cells as an aligned Markdown table; the first row is the header, the first column the names."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
@@ -658,9 +697,7 @@ def table(results, timing):
     step = {m: np.mean([t["seconds_per_step"] for t in timing["methods"][m].values()]) for m in runs}
     for method, seeds in runs.items():
         first = next(iter(seeds.values()))
-        gap = "—"
-        if method in ("pcgrad", "ortho", "lori-ortho") and {"single", "joint"} <= runs.keys():
-            gap = gap_recovered(averages["single"], averages["joint"], averages[method])
+        gap = summary(method, averages).get("gap_recovered", "—")
         memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
         rows.append([
             method, *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
@@ -785,13 +822,7 @@ def compare(s):
     methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
     encoder, tasks = prepare(s, device)
     seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
-    out = Path(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as e:
-        raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
-
+    out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
     for data in tasks:
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.test)} to score on")
     print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
@@ -808,70 +839,75 @@ def compare(s):
               "methods": {m: {} for m in methods}}  # fmt: skip
     begin = time.perf_counter()
     batches = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
-    with log, tqdm(total=batches, unit="batch", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+    bar = tqdm(total=batches, unit="batch", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
+    with open(out / "log.jsonl", "a", encoding="utf-8") as log, bar:
         for seed in seeds:
             kept = {}
             for method in methods:
                 if s.continual:
-                    results["methods"][method][seed] = run_sequence(method, encoder, tasks, seed, s, log, bar)
+                    results["methods"][method][seed] = run_sequence(method, encoder, tasks, seed, s, out, log, bar)
                     continue
                 entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar, kept)
                 results["methods"][method][seed] = entry
                 timing["methods"][method][seed] = timed
     timing["seconds"] = time.perf_counter() - begin
-    results["summary"] = {m: {"average": mean_and_spread([r["average"] for r in runs.values()], 2)}
-                          for m, runs in results["methods"].items()}  # fmt: skip
-    text = report(results, timing)
+    averages = {m: [run["average"] for run in runs.values()] for m, runs in results["methods"].items()}
+    results["summary"] = {m: summary(m, averages) for m in methods}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
+    text = report(results, timing)
     write_text(out / "results.md", text)
-    print(f"\n{text}\nin {out}: results.json, results.md, timing.json, log.jsonl, METHOD/seedN/TASK: adapters")
+    print(f"\n{text}\n{out} has results.json, results.md, timing.json, log.jsonl, and adapters in METHOD/seedN/TASK")
 
 
 def evaluate(s, given):
-    """Score saved adapters on the split that the table used, and write leaderboard files if asked."""
+    """Score saved adapters on their tasks' validation splits, and write leaderboard files if asked."""
     folder = Path(s.evaluate)
     adapters = [folder] if (folder / "adapter_config.json").exists() else sorted(
         p.parent for p in folder.glob("*/adapter_config.json"))  # fmt: skip
     if not adapters:
         raise BadInput(f"--evaluate {folder}: no adapter_config.json there, nor in a folder inside it")
-    device, loaded = find_device(s.device), {}
+    device, loaded, models = find_device(s.device), {}, {}
     rows = [["adapter", "task", "split", "metrics", "score"]]
     for adapter in adapters:
         _, metadata, _ = read_header(adapter / "adapter_model.safetensors")
-        task = metadata.get("task") if "tasks" not in given or len(adapters) > 1 else given["tasks"]
+        task = given["tasks"] if "tasks" in given and len(adapters) == 1 else metadata.get("task")
         if task not in TASKS:
-            raise BadInput(f"{adapter} does not say its task, and --tasks {task} is not one of {', '.join(TASKS)}")
+            raise BadInput(f"{adapter} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
         config = read_json(adapter / "adapter_config.json")
-        base = given.get("model") or config.get("base_model_name_or_path") or s.model
-        source = given.get("glue") or metadata.get("glue") or s.glue
-        max_length = given.get("max_length") or int(metadata.get("max_length", s.max_length))
-        if base not in loaded:
+        base = given.get("model") or str(config.get("base_model_name_or_path", s.model))
+        source = given.get("glue") or metadata.get("glue", s.glue)
+        revision = given.get("revision") or metadata.get("revision", s.revision)
+        length = given.get("max_length") or metadata.get("max_length", s.max_length)
+        if (base, revision) not in loaded:
             go_offline_if_hub_is_down(base, source)
-            checkpoint = find_checkpoint(base, s.revision)
-            loaded[base] = load_encoder(checkpoint, quiet=True), load_tokenizer(checkpoint)
-        encoder, tokenizer = loaded[base]
+            checkpoint = find_checkpoint(base, revision)
+            loaded[base, revision] = load_encoder(checkpoint, quiet=True), load_tokenizer(checkpoint)
+        encoder, tokenizer = loaded[base, revision]
+        if not str(length).isdecimal() or not 8 <= int(length) <= encoder.config.max_length:
+            raise BadInput(f"--max-length {length}: {base} takes 8 to {encoder.config.max_length} tokens")
         model = MultiTaskModel(copy.deepcopy(encoder), {})
         model.add_head(task, TASKS[task].outputs)
         load_adapter(model, adapter, task)
-        model.to(device)
+        models[task] = model.to(device), tokenizer, int(length), source
         available = read_splits(task, source)
         for split in [split for split in TASKS[task].validation if split in available]:
             examples = load_task(task, source, split)
-            scores = score(task, predict(model, task, encode(tokenizer, examples.texts, max_length)), examples.labels)
+            scores = score(task, predict(model, task, encode(tokenizer, examples.texts, int(length))), examples.labels)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
             rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
-        files = [(task, split) for split in TASKS[task].test] + [("ax", "test")] * (task == "mnli")
-        for name, split in files if s.submit else ():
+    print(markdown(rows))
+
+    for task, (model, tokenizer, length, source) in models.items() if s.submit else ():
+        for name, split in [(task, split) for split in TASKS[task].test] + [("ax", "test")] * (task == "mnli"):
             try:
                 examples = load_task(name, source, split)
             except BadInput:
                 if name != "ax":
                     raise
                 continue  # the diagnostic set, which MNLI's adapter answers too, need not be there
-            predictions = predict(model, task, encode(tokenizer, examples.texts, max_length))
+            predictions = predict(model, task, encode(tokenizer, examples.texts, length))
             print("wrote", write_submission(s.submit, name, predictions, split))
-    print(markdown(rows))
 
 
 def main(argv=None):
@@ -881,6 +917,8 @@ def main(argv=None):
         check(s)
         if s.evaluate:
             return evaluate(s, given)
+        if s.demo and {"model", "glue"} & given.keys():
+            raise BadInput("--demo brings its own model and data: leave out --model and --glue")
         if not s.demo:
             bare = not {"model", "glue", "tasks"} & given.keys()
             try:
@@ -892,11 +930,14 @@ def main(argv=None):
                       "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
         s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
         check(s)
-        s.out = s.out or "runs/demo"
+        s.out = str(open_out(s.out or "runs/demo"))
         folder = make_demo(Path(s.out) / "demo")
         s.model, s.glue = str(folder / "model"), str(folder / "glue")
         return compare(s)
     except BadInput as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a full disk, a folder taken away
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

@@ -270,7 +270,7 @@ def test_continual(run, tmp_path, flags):
     assert "lora, after" in text and "forgetting" in text
 
 
-def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch):
+def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch, tmp_path):
     s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mnli", steps=5, batch_size=4,
                        max_length=32, dtype="fp32", continual=True, disjoint=True)  # fmt: skip
     encoder, tasks = train.prepare(s, torch.device("cpu"))
@@ -284,7 +284,9 @@ def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch):
     masked = lori.MaskedB
     monkeypatch.setattr(lori, "MaskedB", lambda model, masks: used.append(masks) or masked(model, masks))
     with open(os.devnull, "w") as log:
-        train.run_sequence("lori-s", encoder, tasks, 0, s, log, train.tqdm(disable=True))
+        train.run_sequence("lori-s", encoder, tasks, 0, s, tmp_path, log, train.tqdm(disable=True))
+    assert all(torch.equal(lori.load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
+               for i, t in enumerate(("sst2", "mnli")) for path in used[i])  # fmt: skip
     for path, mask in used[0].items():
         before, after = stages[0][path][1], stages[-1][path][1]  # B after the first task, and after the second
         assert torch.equal(before[mask], after[mask]) and not (mask & used[1][path]).any()
@@ -402,6 +404,12 @@ def test_submission(finished, demo, tmp_path, capsys):
     ("--methods lora-merged", "lora-merged is made from single"),
     ("--continual --tasks sst2", "--continual with one task"),
     ("--continual --methods ortho", "unknown method 'ortho'"),
+    ("--disjoint", "--disjoint needs --continual"),
+    ("--continual --disjoint --sparsity 0.3", "2 masks of --sparsity 0.3"),
+    ("--tasks sst2 --methods single,lora-merged", "nothing to merge"),
+    ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
+    ("--seeds 9223372036854775808", "2^63"),
+    ("--demo", "--demo brings its own"),
     ("--evaluate nowhere", "--evaluate nowhere"),
 ])  # fmt: skip
 def test_bad_setting(run, tmp_path, flags, says):
