@@ -266,24 +266,25 @@ def make_tasks(rng, conflict=CONFLICT, sizes=(2000, 400)):
 def write_glue(folder, tasks):
     """Write `make_tasks`'s rows as the Hub has nyu-mll/glue: NAME/SPLIT-00000-of-00001.parquet and a README.md.
 
-    The README's description of each task names its rows: `datasets` finds a local folder's rows in its cache by what
-    the README says, so that without it a second folder would be read as the first.
+    The README's description of each task is a digest of its files: `datasets` knows a local folder's rows in its cache
+    by what the README says, so that without it a second folder would be read as the first.
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
     lines = ["---", "pretty_name: a toy GLUE out of a small grammar", "configs:"]
     for task, splits in tasks.items():
-        digest = hashlib.sha256(json.dumps(splits).encode()).hexdigest()
-        lines += [f"- config_name: {task}", f"  description: rows {digest[:16]}", "  data_files:"]
         (Path(folder) / task).mkdir(parents=True, exist_ok=True)
+        files, digest = [], hashlib.sha256()
         for split, rows in splits.items():
             label = ClassLabel(names=LABELS[task]) if LABELS[task] else Value("float32")
             columns = {name: [row[name] for row in rows] for name in rows[0]} | {"idx": list(range(len(rows)))}
             types = {name: Value("string") for name in columns} | {"label": label, "idx": Value("int32")}
-            data = Dataset.from_dict(columns, features=Features(types))
+            path = Path(folder) / task / f"{split}-00000-of-00001.parquet"
             with quiet():
-                data.to_parquet(Path(folder) / task / f"{split}-00000-of-00001.parquet")
-            lines.append(f"  - {{split: {split}, path: {task}/{split}-*}}")
+                Dataset.from_dict(columns, features=Features(types)).to_parquet(path)
+            digest.update(path.read_bytes())
+            files.append(f"  - {{split: {split}, path: {task}/{split}-*}}")
+        lines += [f"- config_name: {task}", f"  description: rows {digest.hexdigest()[:16]}", "  data_files:", *files]
     write_text(Path(folder) / "README.md", "\n".join([*lines, "---", ""]))
 
 
