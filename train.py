@@ -136,7 +136,7 @@ class Settings:
 
 
 DEMO = {  # what the demo changes
-    "tasks": "sst2,mrpc,mnli,stsb", "steps": 150, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2",
+    "tasks": "sst2,mrpc,mnli,stsb", "steps": 120, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2",
 }  # fmt: skip
 
 
