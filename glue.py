@@ -240,12 +240,14 @@ def read_splits(name, source):
         with quiet():
             if not folder.is_dir():
                 return datasets.load_dataset(source, name)
-            configs = datasets.get_dataset_config_names(str(folder))  # where a README says which files are which task's
-            if name in configs:
-                return datasets.load_dataset(str(folder), name)
-            folders = [path.name for path in folder.iterdir() if split_files(path)]  # where it doesn't, one for each
+            # A folder for each task first: `datasets` caches these by their files, but what a README names by that
+            # README alone, so that changed files, or another folder of the same name, would give the old rows.
+            folders = [path.name for path in folder.iterdir() if split_files(path)]
             if name in folders:
                 return datasets.load_dataset(str(folder / name), data_files=split_files(folder / name))
+            configs = datasets.get_dataset_config_names(str(folder))  # as the folder's README has them
+            if name in configs:
+                return datasets.load_dataset(str(folder), name)
             tasks = sorted({*configs, *folders} - {"default"})
     except Exception as e:  # each way to fail raises a class of its own, some of them other packages'
         if empty := re.search(r'"(\w+)" corresponds to no data', str(e)):

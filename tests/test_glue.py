@@ -625,3 +625,14 @@ def test_a_bad_submission_writes_nothing(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert message("rte", [0], folder=file).startswith(f"{file / 'RTE.tsv'} can't be written: ")
+
+
+def test_folders_of_one_name_and_readme_keep_their_own_rows(tmp_path):
+    # `datasets` caches what a README names by the README alone: the second folder would be read as the first.
+    for word in ("old", "new"):
+        folder = tmp_path / word / "glue"
+        (folder / "sst2").mkdir(parents=True)
+        (folder / "sst2" / "train.jsonl").write_text('{"sentence": "' + word + '", "label": 1}')
+        files = "- config_name: sst2\n  data_files:\n  - {split: train, path: sst2/train*}"
+        (folder / "README.md").write_text(f"---\nconfigs:\n{files}\n---\n")
+        assert glue.load_task("sst2", str(folder)).texts == [(word,)]
