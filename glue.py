@@ -10,7 +10,6 @@
 """
 
 import contextlib
-import functools
 import io
 import logging
 import math
@@ -350,19 +349,38 @@ def encode(tokenizer, texts, max_length):
 # Batches
 
 
-@functools.lru_cache(maxsize=32)  # a step asks for it again and again; the answer is a function of the arguments alone
-def permutation(n, seed, task, epoch):
-    return np.random.default_rng((seed, zlib.crc32(task.encode()), epoch)).permutation(n)
+def batches(lengths, batch_size, seed, task, window=32, start=0):
+    """Index arrays (batch_size,), one for each training step without end, the first for step `start`.
 
+    Pass after pass over all n examples, each pass a new permutation: every `window` batches' worth of it is sorted by
+    length and cut into batches, which come in random order. So a batch has alike lengths and needs little padding, and
+    yet each pass has each example once; window=1 is plain shuffling. A batch may span two passes.
 
-def batch_indices(n, batch_size, step, seed, task):
-    """(batch_size,) examples for one training step: a piece of an endless row of shuffled passes over range(n).
-
-    Position i of the row is permutation i // n at i % n. It is a function of the arguments alone: every method sees the
-    same batches, and a resumed run goes on without a sampler's state. A batch may span passes.
+    The batches are a function of the arguments alone, so that every method sees the same ones, and a resumed run goes
+    on from `start` without a sampler's state. lengths: (n,) tokens of each example.
     """
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    return np.concatenate([permutation(n, seed, task, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+    lengths, n = np.asarray(lengths), len(lengths)
+
+    def one_pass(epoch):  # (n,)
+        generator = np.random.default_rng((seed, zlib.crc32(task.encode()), epoch))
+        shuffled = generator.permutation(n)
+        head = -epoch * n % batch_size  # these complete the last batch of the pass before
+        parts = [shuffled[:head]]
+        for first in range(head, n, window * batch_size):
+            part = shuffled[first : first + window * batch_size]
+            part = np.split(part[lengths[part].argsort(kind="stable")], range(batch_size, len(part), batch_size))
+            whole = [b for b in part if len(b) == batch_size]
+            parts += [whole[i] for i in generator.permutation(len(whole))] + part[len(whole) :]
+        return np.concatenate(parts)
+
+    epoch, skipped = divmod(start * batch_size, n)
+    rest = one_pass(epoch)[skipped:]
+    while True:
+        while len(rest) < batch_size:
+            epoch += 1
+            rest = np.concatenate([rest, one_pass(epoch)])
+        yield rest[:batch_size]
+        rest = rest[batch_size:]
 
 
 def evaluation_batches(encoded, batch_size):
@@ -373,19 +391,18 @@ def evaluation_batches(encoded, batch_size):
         yield order[start : start + batch_size]
 
 
-def collate(encoded, indices, labels, pad_id):
-    """Examples `indices` (b,) of a split, right-padded to their own longest (l).
+def collate(rows, pad_id):
+    """Encoded examples, b of them, right-padded to the longest (l).
 
-    Returns input_ids (b, l) int64, attention_mask (b, l) bool, token_type_ids (b, l) int64, labels (b,) as they come.
+    Returns input_ids (b, l) int64, attention_mask (b, l) bool, token_type_ids (b, l) int64.
     """
-    rows = [encoded[i] for i in indices]
     lengths = np.array([len(ids) for ids, _ in rows])  # (b,)
     attention_mask = np.arange(lengths.max()) < lengths[:, None]  # (b, l)
     input_ids = np.full(attention_mask.shape, pad_id, dtype=np.int64)  # (b, l)
     token_type_ids = np.zeros(attention_mask.shape, dtype=np.int64)  # (b, l)
     input_ids[attention_mask] = [i for ids, _ in rows for i in ids]  # row after row, as the mask runs
     token_type_ids[attention_mask] = [i for _, types in rows for i in types]
-    return tuple(torch.from_numpy(x) for x in (input_ids, attention_mask, token_type_ids, labels[indices]))
+    return tuple(torch.from_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 All data is made here: small parquet folders in the Hub's layout, and two tokenizers trained on a few sentences.
 """
 
+import itertools
 import logging
 import os
 import subprocess
@@ -528,51 +529,65 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
 # Batches
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (7, 7), (5, 16), (1, 3), (64, 1)])
-def test_the_batches_are_pass_after_pass_of_all_examples(n, batch_size):
-    steps = -(-4 * n // batch_size)
-    row = np.concatenate([glue.batch_indices(n, batch_size, step, 0, "rte") for step in range(steps)])
-    assert len(row) == steps * batch_size
+def first(count, lengths, batch_size, seed=0, task="rte", **more):
+    return list(itertools.islice(glue.batches(lengths, batch_size, seed, task, **more), count))
+
+
+@pytest.mark.parametrize("window", [1, 3, 32])
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 4), (7, 7), (5, 16), (1, 3), (64, 1), (300, 8)])
+def test_the_batches_are_pass_after_pass_of_all_examples(n, batch_size, window):
+    lengths = np.random.default_rng(0).integers(1, 50, n)
+    drawn = first(-(-4 * n // batch_size), lengths, batch_size, window=window)
+    assert {len(b) for b in drawn} == {batch_size}
+    row = np.concatenate(drawn)
     for start in range(0, 4 * n, n):
         assert sorted(row[start : start + n]) == list(range(n))
-    if n == 64:
+    if n >= 64:
         assert not np.array_equal(row[:n], row[n : 2 * n])  # passes are shuffled apart
         assert not np.array_equal(row[:n], np.arange(n))
 
 
-def test_a_step_can_be_computed_alone():
-    one_by_one = [glue.batch_indices(50, 8, step, 3, "cola") for step in range(30)]
-    for step in (29, 0, 13):
-        glue.permutation.cache_clear()
-        assert np.array_equal(glue.batch_indices(50, 8, step, 3, "cola"), one_by_one[step])
-    one_by_one[0][:] = -1  # the caller's own to change
-    assert glue.batch_indices(50, 8, 0, 3, "cola").min() >= 0
+def test_batches_have_alike_lengths_and_come_in_random_order():
+    lengths = np.random.default_rng(0).permutation(np.arange(1, 65))  # each length from 1 to 64 once
+    drawn = first(8, lengths, 8, window=8)  # one pass, which is one window
+    assert sorted(sorted(lengths[b].tolist()) for b in drawn) == [list(range(i, i + 8)) for i in range(1, 65, 8)]
+    longest = [lengths[b].max() for b in drawn]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+    spread = [np.ptp(lengths[b]) for b in first(8, lengths, 8, window=1)]
+    assert min(spread) > 7  # plain shuffling has no such batch
+
+
+def test_a_run_can_be_taken_up_at_any_step():
+    lengths = np.random.default_rng(0).integers(1, 50, 50)
+    one_by_one = first(60, lengths, 8, 3, "cola")
+    for start in (0, 1, 6, 7, 29, 50):
+        for a, b in zip(first(10, lengths, 8, 3, "cola", start=start), one_by_one[start:], strict=False):
+            assert np.array_equal(a, b)
 
 
 def test_seeds_and_tasks_shuffle_apart():
-    draws = {(seed, task): glue.batch_indices(1000, 32, 0, seed, task) for seed in (0, 1) for task in ("rte", "mrpc")}
+    lengths = np.ones(1000)
+    draws = {(seed, task): first(1, lengths, 32, seed, task)[0] for seed in (0, 1) for task in ("rte", "mrpc")}
     assert len({draw.tobytes() for draw in draws.values()}) == 4
 
 
 def test_the_draw_does_not_depend_on_the_process():
     """Python's hash of a string changes from run to run; a paired comparison across runs needs one that doesn't."""
-    expected = np.random.default_rng((5, 0xDEBF4C09, 0)).permutation(100)[:4]  # 0xdebf4c09 is the CRC-32 of "rte"
-    assert glue.batch_indices(100, 4, 0, 5, "rte").tolist() == expected.tolist()
+    generator = np.random.default_rng((5, 0xDEBF4C09, 0))  # 0xdebf4c09 is the CRC-32 of "rte"
+    shuffled, order = generator.permutation(100), generator.permutation(25)
+    pieces = shuffled.reshape(25, 4)  # all of one length, and one window: nothing to sort
+    assert first(25, np.ones(100), 4, 5, "rte", window=25)[7].tolist() == pieces[order[7]].tolist()
 
 
 ENCODED = [([5, 6], [0, 1]), ([7], [0]), ([8, 9, 10, 11], [0, 0, 1, 1]), ([12, 13, 14], [0, 1, 1])]
 
 
 def test_collate_pads_to_the_batchs_own_longest():
-    labels = np.array([1, 0, 2, 1])
-    ids, mask, types, chosen = glue.collate(ENCODED, np.array([3, 1]), labels, pad_id=99)
+    ids, mask, types = glue.collate([ENCODED[3], ENCODED[1]], pad_id=99)
     assert ids.tolist() == [[12, 13, 14], [7, 99, 99]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
     assert types.tolist() == [[0, 1, 1], [0, 0, 0]]
-    assert chosen.tolist() == [1, 0]
-    assert (ids.dtype, mask.dtype, types.dtype, chosen.dtype) == (torch.int64, torch.bool, torch.int64, torch.int64)
-    *_, scores = glue.collate(ENCODED, [0, 0, 2], np.array([0, 1, 4.5, 3], dtype=np.float32), 0)
-    assert scores.dtype == torch.float32 and scores.tolist() == [0, 0, 4.5]
+    assert (ids.dtype, mask.dtype, types.dtype) == (torch.int64, torch.bool, torch.int64)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9])
