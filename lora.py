@@ -9,6 +9,7 @@ Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that
     merge_lora(model)                                                      # plain nn.Linear again, W0 + scale * B A
 """
 
+import contextlib
 import math
 import re
 
@@ -32,15 +33,18 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.scale = alpha / (math.sqrt(r) if rslora else r)
-        like = {"device": base.weight.device, "dtype": base.weight.dtype}
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)  # what trains is never in half precision
+        like = {"device": base.weight.device, "dtype": dtype}
         self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.tasks = None  # while `per_task` lasts: (every task's A, every task's B, sizes)
         self.train(base.training)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.A)  # (..., r)
-        return self.base(x) + self.scale * F.linear(low, self.B)
+        A, B, sizes = self.tasks or (self.A, self.B, None)
+        low = linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype), sizes)  # (..., r)
+        return self.base(x) + linear(self.scale * low, B.to(x.dtype), sizes)
 
     def delta(self):
         """The change of W0: scale * B A, (out, in)."""
@@ -56,6 +60,15 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
+
+
+def linear(x, W, sizes=None):
+    """x W': (..., n) and (m, n) -> (..., m). Given sizes, W is (T, m, n), and the first sizes[0] of x meet W[0], ..."""
+    if sizes is None:
+        return F.linear(x, W)
+    if len(set(sizes)) > 1:
+        return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), W.unbind(), strict=True)])
+    return torch.bmm(x.reshape(len(sizes), -1, x.shape[-1]), W.mT).view(*x.shape[:-1], -1)
 
 
 FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
@@ -135,6 +148,36 @@ def blocks(model, unit="tensor"):
     if unit == "joint":
         return [A + B] if A + B else []
     raise ValueError(f"unknown unit {unit!r}: tensor, role or joint")
+
+
+@contextlib.contextmanager
+def per_task(model, sizes):
+    """Every task's own gradient of A and B out of one backward pass over a batch that stacks the tasks' sequences.
+
+        with per_task(model, sizes=[16, 16, 8]) as grads:     # the first 16 sequences are task 0's, ...
+            loss = ...                                        # the sum of the tasks' losses
+        loss.backward()
+        grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
+
+    Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
+    cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`.
+    The first dimension of what a layer is given must be the stacked one, of sum(sizes).
+    """
+    layers, grads = lora_layers(model).values(), {}
+
+    def view(factor):
+        own = factor.detach().expand(len(sizes), *factor.shape)
+        if factor.requires_grad:
+            grads[factor] = own.requires_grad_()
+        return own
+
+    for layer in layers:
+        layer.tasks = view(layer.A), view(layer.B), list(sizes)
+    try:
+        yield grads
+    finally:
+        for layer in layers:
+            layer.tasks = None
 
 
 def merge_lora(model):

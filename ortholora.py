@@ -51,13 +51,13 @@ def projection_coefficients(gram, order):
         dot, size = dots.gather(2, here[..., None]).squeeze(2), sizes.gather(1, here)
         c = torch.where((dot < 0) & (size > 0), dot / size, 0.0)[..., None]  # NaN < 0 is false: see OrthoLoRA
         C.scatter_add_(2, here[..., None], -c)
-        dots -= c * gram[:, j]
+        dots.addcmul_(c, gram.index_select(1, j), value=-1)
     return C
 
 
-def combine(grads, weights):
+def combine(grads, weights, out=None):
     """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
-    out = grads[:, 0] * weights[:, 0, None]
+    out = torch.mul(grads[:, 0], weights[:, 0, None], out=out)
     for j in range(1, grads.shape[1]):
         out.addcmul_(grads[:, j], weights[:, j, None])
     return out
@@ -156,17 +156,18 @@ class OrthoLoRA:
         self.by_size = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in order)]
         self.callers_order = torch.tensor(order, device=parameters[0].device).argsort()
         self.parameters = [p for b in order for p in self.blocks[b]]
+        self.sizes, self.shapes = [p.numel() for p in self.parameters], [p.shape for p in self.parameters]
         dtype = torch.float32
         for p in parameters:
             dtype = torch.promote_types(dtype, p.dtype)
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
+        self.weights_column = self.rows.new_tensor(self.weights)[:, None]  # (T, 1)
         self.views = [self._per_parameter(row) for row in self.rows]
         self.written = [None] * len(parameters)
 
     def _per_parameter(self, row):
         """A vector (P,) as one view per parameter."""
-        parts = row.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+        return [part.view(shape) for part, shape in zip(row.split(self.sizes), self.shapes, strict=True)]
 
     def _stacked(self):
         """The rows (T, P) as one view (k, T, n) for each size of block."""
@@ -180,18 +181,36 @@ class OrthoLoRA:
         Call it once for each micro-batch; to give up a step half-way, `ortho.rows.zero_()`. Raises RuntimeError where
         .grad is still the tensor that `project` wrote.
         """
-        for p, written in zip(self.parameters, self.written, strict=True):
-            if p.grad is not None and p.grad is written:
-                raise RuntimeError(
-                    "OrthoLoRA.collect: .grad still holds the last projected gradient; call optimizer.zero_grad() "
-                    "(with set_to_none=True, its default) before the first backward() of a step"
-                )
+        self._check_cleared()
         pairs = [(v, p.grad) for v, p in zip(self.views[task], self.parameters, strict=True) if p.grad is not None]
         if pairs:
             views, grads = zip(*pairs, strict=True)
             torch._foreach_add_(views, [g.to(v.dtype) for v, g in pairs], alpha=self.weights[task])
         for p in self.parameters:
             p.grad = None
+
+    @torch.no_grad()
+    def collect_stacked(self, grads):
+        """After the one backward() of `lora.per_task`: add every task's gradient to its row.
+
+        grads: {parameter: a tensor whose .grad is (T, *parameter.shape)}, or None where the loss didn't depend on it.
+        Raises RuntimeError as `collect` does, KeyError where a parameter of the blocks is not in grads.
+        """
+        self._check_cleared()
+        found = [grads[p].grad for p in self.parameters]
+        found = [p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
+                 for g, p in zip(found, self.parameters, strict=True)]  # fmt: skip
+        self.rows.addcmul_(torch.cat(found, 1).to(self.rows.dtype), self.weights_column)
+        for p in self.parameters:
+            grads[p].grad = None
+
+    def _check_cleared(self):
+        for p, written in zip(self.parameters, self.written, strict=True):
+            if p.grad is not None and p.grad is written:
+                raise RuntimeError(
+                    "OrthoLoRA.collect: .grad still holds the last projected gradient; call optimizer.zero_grad() "
+                    "(with set_to_none=True, its default) before the first backward() of a step"
+                )
 
     @torch.no_grad()
     def project(self, order=None):
@@ -205,26 +224,30 @@ class OrthoLoRA:
         stacks = self._stacked()
         with full_float32(self.rows.device):
             gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)
+            update = self.rows.new_empty(self.rows.shape[1])  # (P,)
             if self.sequential:
                 v = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in stacks]
-                update = torch.cat([x.sum(1).flatten() for x in v])  # (P,)
+                torch.cat([x.sum(1).flatten() for x in v], out=update)
                 gone = torch.cat([(g - x).square().sum(2) for g, x in zip(stacks, v, strict=True)])  # (blocks, T)
             else:
-                C = projection_coefficients(gram, order.to(self.rows.device, non_blocking=True))
+                if gram.is_cuda:  # from pinned memory the copy waits for nothing
+                    order = order.pin_memory().to(gram.device, non_blocking=True)
+                C = projection_coefficients(gram, order)
                 weights = C.sum(1).split([k for k, _ in self.by_size])  # sum_i v_i = sum_j (sum_i C_ij) g_j
-                update = torch.cat([combine(g, w).flatten() for g, w in zip(stacks, weights, strict=True)])  # (P,)
+                for g, w, part in zip(stacks, weights, update.split([k * n for k, n in self.by_size]), strict=True):
+                    combine(g, w, out=part.view(len(g), -1))
                 D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # v_i - g_i = sum_j D_ij g_j
                 gone = ((D @ gram) * D).sum(2)  # (blocks, T): |v_i - g_i|^2
         for i, (p, grad) in enumerate(zip(self.parameters, self._per_parameter(update), strict=True)):
-            p.grad = self.written[i] = grad.to(p.dtype)
+            p.grad = self.written[i] = grad if grad.dtype == p.dtype else grad.to(p.dtype)
         self.rows.zero_()
         return self._statistics(gram[self.callers_order], gone[self.callers_order])
 
     def random_order(self):
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
         T = self.num_tasks
-        draws = torch.stack([torch.randperm(T, generator=self.generator) for _ in range(T)])  # (T, T)
-        return draws[draws != torch.arange(T)[:, None]].view(T, T - 1)
+        draws = torch.rand(T, T - 1, generator=self.generator).argsort(1)  # (T, T - 1), each row a permutation
+        return draws + (draws >= torch.arange(T)[:, None])  # task i's leaves i out
 
     def _statistics(self, gram, gone):
         sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2

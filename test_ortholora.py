@@ -464,6 +464,25 @@ def test_rows_are_the_buffer():
         torch.testing.assert_close(update_of(block), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_stacked_gradients_are_collected_as_single_ones(weights):
+    parameters, loop, grads = make(3, weights=weights)
+    stacked = OrthoLoRA(loop.blocks, 3, weights=weights)
+    views = {p: p.detach().expand(3, *p.shape).requires_grad_() for p in parameters}
+    for _ in range(2):  # twice, as with gradient accumulation
+        collect(loop, parameters, grads)
+        for i, p in enumerate(parameters[:-1]):  # the last one is not reached by any loss
+            views[p].grad = torch.stack([task[i] for task in grads])
+        stacked.collect_stacked(views)
+        assert all(view.grad is None for view in views.values())
+    ends = [p.numel() for p in loop.parameters].index(1)  # where the last one, of one number, lies
+    loop.views[0][ends].zero_(), loop.views[1][ends].zero_(), loop.views[2][ends].zero_()
+    assert torch.equal(loop.rows, stacked.rows) and loop.rows.abs().sum() > 0
+    stacked.project()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        stacked.collect_stacked(views)
+
+
 def test_bad_arguments():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)

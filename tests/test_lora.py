@@ -10,7 +10,7 @@ import transformers as hf
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 from torch import nn
 
-from lora import LoRALinear, add_lora, blocks, lora_layers, lora_parameters, merge_lora, replace_module
+from lora import LoRALinear, add_lora, blocks, lora_layers, lora_parameters, merge_lora, per_task, replace_module
 from model import Encoder, read_config
 from ortholora import OrthoLoRA
 
@@ -69,7 +69,7 @@ def test_merged(bias, dtype):
     merged, x = layer.merged(), torch.randn(11, 7, dtype=dtype)
     assert type(merged) is nn.Linear and merged.weight.dtype == dtype and (merged.bias is not None) == bias
     assert not merged.weight.requires_grad
-    torch.testing.assert_close(merged.weight, layer.base.weight + layer.scale * (layer.B @ layer.A))
+    torch.testing.assert_close(merged.weight, (layer.base.weight + layer.scale * (layer.B @ layer.A)).to(dtype))
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(merged(x), layer(x), rtol=0, atol=tolerance)
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
@@ -292,6 +292,70 @@ def test_blocks():
     assert blocks(model) == blocks(model, "role") == blocks(model, "joint") == []
     with pytest.raises(ValueError, match="'layer'"):
         blocks(model, "layer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every task's gradient in one backward pass
+
+
+def sequences(config, sizes, seed=0):
+    """One batch per task, of `sizes` sequences."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, config.vocab_size, (size, 7), generator=g) for size in sizes]
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [4], [1, 5, 2], [2, 2, 2, 2], [3, 0, 2]])
+@pytest.mark.parametrize("frozen", ["", "A"])
+def test_per_task_gradients_equal_the_loops(sizes, frozen):
+    model = make(tiny("bert"))
+    layers = add_lora(model, ["query", "value", "output.dense"], r=3, alpha=6)
+    randomize(layers)
+    for layer in layers.values():
+        layer.A.requires_grad_(frozen != "A")
+    loss = lambda out: out.last_hidden_state.square().sum()  # noqa: E731
+    batches, factors = sequences(model.config, sizes), [p for p in lora_parameters(model) if p.requires_grad]
+    apart = []  # (T, ...) for each factor
+    for ids in batches:
+        model.zero_grad()
+        if len(ids):
+            loss(model(input_ids=ids)).backward()
+        apart.append([torch.zeros_like(p) if p.grad is None else p.grad for p in factors])
+    expected = [torch.stack(task) for task in zip(*apart, strict=True)]
+    model.zero_grad()
+    with per_task(model, sizes) as grads:
+        out = model(input_ids=torch.cat(batches))
+    loss(out).backward()
+    torch.testing.assert_close(out.last_hidden_state, model(input_ids=torch.cat(batches)).last_hidden_state)
+    assert len(grads) == len(factors) and all(p.grad is None for p in factors)
+    assert all(any(e[t].abs().max() > 1e-3 for e in expected) for t, size in enumerate(sizes) if size)
+    for p, e in zip(factors, expected, strict=True):
+        torch.testing.assert_close(grads[p].grad, e, rtol=1e-4, atol=1e-5 * max(1, e.abs().max().item()))
+
+
+def test_per_task_of_rows_without_a_length_and_of_other_dtypes():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 5, dtype=torch.bfloat16))
+    layer = add_lora(module, "all-linear", r=2, alpha=2)["0"]
+    randomize({"": layer})
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    with per_task(module, [2, 2]) as grads:
+        y = module(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and grads[layer.B].grad.dtype == layer.B.dtype == torch.float32
+    # dL/dB = scale * sum over rows of 1 (A x)'
+    for t, rows in enumerate(x.split(2)):
+        torch.testing.assert_close(grads[layer.B].grad[t], (rows.float() @ layer.A.T).sum(0).expand(5, 2), rtol=2e-2,
+                                   atol=2e-2)  # fmt: skip
+
+
+def test_per_task_ends_with_its_block():
+    module = nn.Sequential(nn.Linear(4, 4))
+    layer = add_lora(module, "all-linear", r=2)["0"]
+    with pytest.raises(RuntimeError), per_task(module, [2, 1]):
+        module(torch.zeros(5, 4))  # not the 3 rows that were announced
+    assert layer.tasks is None
+    module(torch.ones(5, 4)).sum().backward()
+    assert layer.B.grad is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
