@@ -4,6 +4,7 @@
     read_weights        model.safetensors, a sharded index, or pytorch_model.bin -> {name: tensor}
     read_safetensors, write_safetensors
     save_adapter, load_adapter      PEFT's adapter folders (adapter_config.json, adapter_model.safetensors)
+    save_masks, load_masks          LoRI's masks, beside them
 
 Bad files are the user's, not a bug's: every one of them raises `BadInput` with one line that says what is wrong where.
 """
@@ -16,6 +17,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from lora import LoRALinear, lora_layers, replace_module
 
@@ -411,3 +413,46 @@ def load_adapter(model, folder, task=None):
         layer.B.data.copy_(factors[path]["B"])
         replace_module(model.encoder, path, layer)
     return lora_layers(model.encoder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks of LoRI: beside the adapter, a bit per entry of B
+
+MASKS = "masks.safetensors"
+
+
+def save_masks(folder, masks):
+    """Write masks into an adapter's folder, atomically, as masks.safetensors; peft does not look at it.
+
+    Per path uint8 (ceil(out * r / 8),): entry i of the flattened mask is bit i % 8 of byte i // 8. The header's
+    metadata has the shapes: {"shapes": '{path: [out, r]}'}.
+    """
+    packed = {}
+    for path, mask in masks.items():
+        bits = F.pad(mask.detach().cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+        packed[path] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)  # (ceil(out * r / 8),)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = json.dumps({path: list(mask.shape) for path, mask in masks.items()}, separators=(",", ":"))
+    write_safetensors(folder / MASKS, packed, {"shapes": shapes})
+
+
+def load_masks(folder):
+    """The masks that `save_masks` wrote; whether they fit a model `lori.check_masks` says. Raises BadInput."""
+    path = Path(folder) / MASKS
+    _, metadata, _ = read_header(path)
+    packed, masks = read_safetensors(path), {}
+    try:
+        shapes = json.loads(metadata["shapes"])
+        if shapes.keys() != packed.keys() or not packed:
+            raise ValueError
+        for name, (out, r) in shapes.items():
+            count = out * r
+            bits = (packed[name][:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+            whole = packed[name].dtype == torch.uint8 and packed[name].shape == (-(-count // 8),)
+            if not whole or bits[count:].any():
+                raise ValueError
+            masks[name] = bits[:count].view(out, r)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError):
+        raise BadInput(f"{path} holds no masks: shapes and bits do not fit") from None
+    return masks

@@ -15,17 +15,13 @@ Works on any module with `LoRALinear` layers. Masks are {path: bool (out, r)}, a
 data. Choices that are ours, since the released code leaves them to chance: A is seeded; a mask has exactly k entries.
 """
 
-import json
 import math
 import re
-from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from checkpoint import BadInput, read_header, read_safetensors, write_safetensors
 from lora import LoRALinear, lora_layers, replace_module
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,51 +327,3 @@ def interference(adapters):
     norms = inner.diagonal().clamp(min=0).sqrt()
     product = norms[:, None] * norms  # (T, T)
     return torch.where(product == 0, 0.0, inner / product)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks on disk: beside the adapter, a bit per entry of B
-
-FILE = "masks.safetensors"
-
-
-def save_masks(folder, masks):
-    """Write masks into an adapter's folder, atomically, as masks.safetensors; peft does not look at it.
-
-    Per path uint8 (ceil(out * r / 8),): entry i of the flattened mask is bit i % 8 of byte i // 8. The header's
-    metadata has the shapes: {"shapes": '{path: [out, r]}'}.
-    """
-    packed = {}
-    for path, mask in masks.items():
-        bits = F.pad(mask.detach().cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-        packed[path] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)  # (ceil(out * r / 8),)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = json.dumps({path: list(mask.shape) for path, mask in masks.items()}, separators=(",", ":"))
-    write_safetensors(folder / FILE, packed, {"shapes": shapes})
-
-
-def load_masks(folder, model=None):
-    """The masks that `save_masks` wrote; with `model`, only if they are masks for it. Raises BadInput."""
-    path = Path(folder) / FILE
-    _, metadata, _ = read_header(path)
-    packed, masks = read_safetensors(path), {}
-    try:
-        shapes = json.loads(metadata["shapes"])
-        if shapes.keys() != packed.keys() or not packed:
-            raise ValueError
-        for name, (out, r) in shapes.items():
-            count = out * r
-            bits = (packed[name][:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
-            whole = packed[name].dtype == torch.uint8 and packed[name].shape == (-(-count // 8),)
-            if not whole or bits[count:].any():
-                raise ValueError
-            masks[name] = bits[:count].view(out, r)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError):
-        raise BadInput(f"{path} holds no masks: shapes and bits do not fit") from None
-    if model is not None:
-        try:
-            check_masks(model, masks)
-        except ValueError as e:
-            raise BadInput(f"{path}: {e}") from None
-    return masks
