@@ -6,6 +6,7 @@ LoRA targets are called what everyone calls them ("query", "q_lin"), and adapter
 from `config.json`; nothing is guessed.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -130,6 +131,18 @@ def put(module, path, child):
     module.add_module(name, child)
 
 
+def attention(q, k, v, mask, dropout):
+    """softmax(q k' / sqrt(d) + mask) v: each (batch, heads, length, d); mask 0 or -inf, (batch, 1, 1, length), or None.
+
+    The fused kernel, but written out where a CPU trains: there its backward pass takes twice as long.
+    """
+    if q.is_cuda or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (batch, heads, length, length)
+    scores = scores if mask is None else scores + mask
+    return F.dropout(scores.softmax(-1), dropout) @ v
+
+
 class Layer(nn.Module):
     """One Transformer layer: x + attention, norm, + feed-forward, norm."""
 
@@ -144,11 +157,11 @@ class Layer(nn.Module):
             norm = part.startswith("norm")
             put(self, path, nn.LayerNorm(c.width, c.eps) if norm else nn.Linear(*sizes.get(part, (c.width, c.width))))
 
-    def forward(self, x, mask):  # x: (batch, length, width); mask: (batch, 1, 1, length), true where there is a token
+    def forward(self, x, mask):  # x: (batch, length, width); mask: as for `attention`
         at = {part: self.get_submodule(path) for part, path in self.paths.items()}
         q, k, v = (at[n](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in ("query", "key", "value"))
         p = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, p)  # (batch, heads, length, width / heads)
+        mixed = attention(q, k, v, mask, p)  # (batch, heads, length, width / heads)
         mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, length, width)
         x = at["norm1"](x + F.dropout(mixed, self.attended_dropout, self.training))
         h = at["down"](self.act(at["up"](x)))
@@ -173,8 +186,11 @@ class Encoder(nn.Module):
             put(self, "pooler.dense", nn.Linear(c.width, c.width))
         self.has_pooler = pooler
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
-        """Ids (batch, length), attention_mask the same, 1 where there is a token -> (batch, length, width)."""
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """Ids (batch, length), attention_mask the same, 1 where there is a token -> (batch, length, width).
+
+        No mask means no padding: attention then has less to do.
+        """
         c, e = self.config, self.embeddings
         length = input_ids.shape[1]
         if length > c.max_length:
@@ -188,7 +204,9 @@ class Encoder(nn.Module):
         if c.segments:
             x = x + e.token_type_embeddings(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
         x = F.dropout(e.LayerNorm(x), c.dropout, self.training)
-        mask = attention_mask[:, None, None].bool()  # (batch, 1, 1, length)
+        mask = attention_mask
+        if mask is not None:
+            mask = x.new_zeros(mask.shape).masked_fill(~mask.bool(), -math.inf)[:, None, None]  # (batch, 1, 1, length)
         for layer in self.get_submodule(self.stack):
             x = layer(x, mask)
         return x
@@ -249,7 +267,7 @@ class MultiTaskModel(nn.Module):
         own_pooler = self.encoder.config.family == "bert" and not self.encoder.has_pooler
         self.heads[name] = Head(self.encoder.config, outputs, own_pooler)
 
-    def forward(self, task, input_ids, attention_mask, token_type_ids=None):
+    def forward(self, task, input_ids, attention_mask=None, token_type_ids=None):
         """logits (batch, outputs)."""
         return self.heads[task](self.encoder.summary(self.encoder(input_ids, attention_mask, token_type_ids)))
 

@@ -4,6 +4,7 @@
     python train.py --demo                             the demo: a toy grammar and a tiny encoder, no network
     python train.py --model FOLDER --glue FOLDER --tasks rte,mrpc --methods joint,ortho --seeds 0,1,2
     python train.py --evaluate runs/demo/ortho/seed0   score saved adapters; --submit FOLDER: leaderboard files too
+    torchrun --nproc-per-node 2 train.py ...           the same run, every batch shared out over two processes
 
 It ends with a table, and leaves results.json, results.md, timing.json, log.jsonl and the adapters in the out folder.
 """
@@ -28,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import lora
@@ -43,11 +44,12 @@ from checkpoint import (
     read_header,
     read_json,
     save_adapter,
+    save_masks,
     write_text,
 )
 from glue import (
     TASKS,
-    batch_indices,
+    batches,
     collate,
     encode,
     evaluation_batches,
@@ -74,6 +76,7 @@ METHODS = {  # name -> what it is, for the help text
     "lori-d-merged": "lori-d's adapters merged into one",
     "lori-s-merged": "lori-s's adapters merged into one",
 }
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 PER_TASK, PROJECTED = ("single", "lori-d", "lori-s"), ("pcgrad", "ortho", "lori-ortho")
 NEEDS = {"lori-s": "lori-d", "lora-merged": "single", "lori-d-merged": "lori-d", "lori-s-merged": "lori-s"}
 
@@ -118,6 +121,7 @@ class Settings:
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task")
     batch_size: int = setting(16, "examples per task and step")
+    window: int = setting(32, "batches that are shuffled, then sorted by length, together, to pad little; 1: plain")
     lr: float = setting(5e-4, "peak learning rate, for adapter and heads")
     warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly")
     optimizer: str = setting("adamw", "SGD has momentum 0.9", choices=["adamw", "sgd"])
@@ -127,7 +131,11 @@ class Settings:
     seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting("auto", "of training, bf16 by autocast; auto: bf16 on a GPU", choices=["auto", "fp32", "bf16"])
+    dtype: str = setting("auto", "of the frozen encoder in training, what is trained is float32; auto: bf16 on a GPU",
+                         choices=["auto", "fp32", "bf16"])  # fmt: skip
+    per_task: str = setting("auto", "a pass forward and back for each task, or one for all tasks' sequences stacked; "
+                            "auto: stacked on a GPU", choices=["auto", "loop", "stacked"])  # fmt: skip
+    compile: bool = setting(False, "torch.compile the encoder: slow at first, then faster on a GPU")
     holdout: int = setting(0, "hold this many training rows of each task out and score on them: to choose settings by")
     out: str = setting("", "out folder; default: runs/demo, or runs/MODEL-DATE-TIME")
     demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
@@ -183,7 +191,7 @@ def numbers(text, kind, flag):
 
 def check(s):
     """Every setting that can be judged by itself. Raises BadInput."""
-    for flag in ("rank", "steps", "batch_size"):
+    for flag in ("rank", "steps", "batch_size", "window"):
         if not 1 <= getattr(s, flag) <= 10_000_000:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside 1 to 10,000,000")
     if s.max_length < 8:
@@ -218,6 +226,8 @@ def check(s):
 def open_out(folder):
     """Make the out folder, and take an earlier run's results out of it. Raises BadInput where it can't be written."""
     out = Path(folder)
+    if RANK:
+        return out
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("results.json", "results.md", "timing.json"):
@@ -231,7 +241,9 @@ def open_out(folder):
 def find_device(name):
     """torch.device for --device. Raises BadInput where there is none of that kind."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -270,7 +282,7 @@ def go_offline_if_hub_is_down(*sources):
 # Data
 
 
-@dataclass
+@dataclass(eq=False)
 class TaskData:
     """One task, tokenized. Encoded: a list of (ids, type ids); labels: (n,)."""
 
@@ -280,6 +292,11 @@ class TaskData:
     test: list  # what is scored: the validation split, or training rows held out
     test_labels: np.ndarray
     weight: float = 1.0  # multiplies the loss
+
+    @property
+    def lengths(self):
+        """Tokens of each training row: (n,)."""
+        return np.array([len(ids) for ids, _ in self.train])
 
     @property
     def regression(self):
@@ -308,15 +325,47 @@ def load_data(name, s, tokenizer):
     return TaskData(name, *kept, *held)
 
 
-def to_device(batch, device):
-    return [x.to(device, non_blocking=True) for x in batch]
+@dataclass
+class Batch:
+    """Sequences of one task, or of several stacked task by task, on the model's device."""
+
+    tasks: list  # TaskData of each
+    sizes: list  # how many sequences of each
+    ids: torch.Tensor  # (sum of sizes, length)
+    mask: torch.Tensor | None  # the same, true where there is a token; None where there is no padding
+    types: torch.Tensor  # the same
+    labels: list  # (size,) of each
 
 
-def draw(data, step, seed, s, model):
-    """The task's batch of this step, on the model's device: the same for every method."""
-    rows = batch_indices(len(data.train), s.batch_size, step, seed, data.name)
-    batch = collate(data.train, rows, data.train_labels, model.encoder.config.pad_id)
-    return to_device(batch, device_of(model))
+def make_batch(tasks, rows, encoded, labels, model):
+    """The batch of `rows`, an index array for each task, into its `encoded` and `labels`."""
+
+    def ready(x):  # from pinned memory the copy waits for nothing, and is over before the GPU gets there
+        x = x.pin_memory() if device.type == "cuda" else x
+        return x.to(device, non_blocking=True)
+
+    device = device_of(model)
+    stack = [sequences[i] for sequences, own in zip(encoded, rows, strict=True) for i in own]
+    ids, mask, types = collate(stack, model.encoder.config.pad_id)
+    chosen = [ready(torch.from_numpy(given[own])) for given, own in zip(labels, rows, strict=True)]
+    sizes = [len(own) for own in rows]
+    return Batch(tasks, sizes, ready(ids), None if mask.all() else ready(mask), ready(types), chosen)
+
+
+def draw(tasks, seed, s, model, start=0):
+    """Yields the batches of each step, one per task or, stacked, one for all: the same examples for every method.
+
+    Of several processes each takes its share of every task's examples, and of no batch where that is none.
+    """
+    streams = [batches(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
+    groups = [range(len(tasks))] if s.per_task == "stacked" else [[t] for t in range(len(tasks))]
+    for drawn in zip(*streams, strict=True):
+        share = [np.array_split(rows, WORLD)[RANK] for rows in drawn]
+        yield [
+            make_batch([tasks[t] for t in group], [share[t] for t in group], [tasks[t].train for t in group],
+                       [tasks[t].train_labels for t in group], model)
+            for group in groups if any(len(share[t]) for t in group)
+        ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +376,22 @@ def device_of(model):
     return next(model.parameters()).device
 
 
+def copy_modules(encoder):
+    """A copy with modules of its own, and the same (frozen) weights."""
+    return copy.deepcopy(encoder, {id(p): p for p in encoder.parameters()})
+
+
+def halve(encoder):
+    """Make the frozen weights bf16, once, where autocast would at every use; A and B stay float32.
+
+    The activations are bf16 then, too: `LoRALinear` casts its factors to what it is given.
+    """
+    for module in encoder.modules():
+        if not isinstance(module, lora.LoRALinear):
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
+
+
 def build(method, encoder, tasks, seed, s):
     """A copy of the encoder with LoRA, and a head for each of `tasks`, on the encoder's device.
 
@@ -334,7 +399,7 @@ def build(method, encoder, tasks, seed, s):
     where an A of its own is wanted (LoRI's adapters, to be merged), it depends on the seed and the tasks.
     """
     torch.manual_seed(seed)
-    model = MultiTaskModel(copy.deepcopy(encoder), {})
+    model = MultiTaskModel(copy_modules(encoder), {})
     targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
     try:
         lora.add_lora(model.encoder, targets, s.rank, s.alpha, s.dropout, rslora=s.rslora)
@@ -351,7 +416,11 @@ def build(method, encoder, tasks, seed, s):
         lori.freeze_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()), s.a_init)
         for layer in lora.lora_layers(model.encoder).values():
             layer.A.requires_grad_(method == "single")
-    torch.manual_seed(seed)  # dropout
+    if s.dtype == "bf16":
+        halve(model.encoder)
+    if s.compile:
+        model.encoder.compile(dynamic=True)
+    torch.manual_seed(seed * WORLD + RANK)  # dropout
     return model.to(device_of(encoder))
 
 
@@ -368,29 +437,75 @@ def projected_blocks(model, method, s):
     return blocks, [x[0] if len(x) == 1 else "".join(sorted({path[-1] for path in x})) for x in found]
 
 
-def task_loss(model, data, batch, s):
-    """Cross-entropy, or the mean squared error over the labels' variance; a mean over the batch, in float32."""
-    ids, mask, types, labels = batch
-    # On a CPU the fused attention's backward pass takes longer than the plain products do.
-    plain = sdpa_kernel(SDPBackend.MATH) if ids.device.type == "cpu" else contextlib.nullcontext()
-    with plain, torch.autocast(ids.device.type, torch.bfloat16, enabled=s.dtype == "bf16"):
-        logits = model(data.name, ids, mask, types)  # (batch, outputs)
-    if data.regression:
-        return F.mse_loss(logits.float().squeeze(1), labels) / data.variance()
-    return F.cross_entropy(logits.float(), labels)
+def task_losses(model, batch, s):
+    """One loss for each task in the batch: cross-entropy, or the squared error over the labels' variance, in float32.
+
+    Each is a mean over the step's examples, so that what several processes have adds up.
+    """
+    hidden = model.encoder(batch.ids, batch.mask, batch.types)  # (sequences, length, width)
+    found = []
+    for data, x, labels in zip(
+        batch.tasks, model.encoder.summary(hidden).float().split(batch.sizes), batch.labels, strict=True
+    ):
+        logits = model.heads[data.name](x)  # (size, outputs)
+        if data.regression:
+            total = F.mse_loss(logits.squeeze(1), labels, reduction="sum") / data.variance()
+        else:
+            total = F.cross_entropy(logits, labels, reduction="sum")
+        found.append(total / s.batch_size)
+    return found
+
+
+def merged(model, encoder):
+    """`model` for scoring: the adapter merged into `encoder`'s float32 weights, the same heads."""
+    plain = MultiTaskModel(copy_modules(encoder), {})
+    lori.insert(plain.encoder, lori.adapter(model.encoder))
+    lora.merge_lora(plain.encoder)
+    plain.heads = model.heads
+    return plain
 
 
 @torch.inference_mode()
 def predict(model, task, encoded):
-    """Class ids, or scores: (n,). Always float32, whatever the training was in."""
+    """Class ids, or scores: (n,). The batches are shared out if there are several processes."""
     model.eval()
-    out = np.zeros(len(encoded), np.float32 if TASKS[task].outputs == 1 else np.int64)
-    pad_id = model.encoder.config.pad_id
-    for rows in evaluation_batches(encoded, 64):
-        ids, mask, types, _ = to_device(collate(encoded, rows, out, pad_id), device_of(model))
-        logits = model(task, ids, mask, types)  # (batch, outputs)
-        out[rows] = (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).cpu().numpy()
-    return out
+    regression, device = TASKS[task].outputs == 1, device_of(model)
+    out = np.zeros(len(encoded), np.float32 if regression else np.int64)
+    for rows in list(evaluation_batches(encoded, 256 if device.type == "cuda" else 64))[RANK::WORLD]:
+        batch = make_batch([task], [rows], [encoded], [out], model)
+        logits = model(task, batch.ids, batch.mask, batch.types)  # (batch, outputs)
+        out[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
+    return sum_over_processes(torch.from_numpy(out).to(device)).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes: torchrun --nproc-per-node N train.py ... All arrive at the same adapter; the first one writes.
+
+def join_processes(s):
+    """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
+    if WORLD > 1 and s.evaluate:
+        raise BadInput("--evaluate runs in one process: start it without torchrun")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if find_device(s.device).type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
+
+
+def sum_over_processes(x):
+    """`x`, added up over all processes in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def sum_gradients(parameters):
+    """Add every .grad up over all processes, in one all-reduce."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(grad.view_as(p))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +518,39 @@ def rate_at(step, s):
     return min((step + 1) / warm, (s.steps - step) / max(1, s.steps - warm + 1))
 
 
+def projection(method, model, tasks, seed, s):
+    """The method's OrthoLoRA, or None where the tasks' gradients just add up."""
+    blocks, _ = projected_blocks(model, method, s)
+    if not blocks:
+        return None
+    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" else None
+    generator = torch.Generator().manual_seed(seed)
+    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
+
+
+def gradients(model, tasks, parts, ortho, s):
+    """One step's gradients into .grad: (each task's loss, (T,), and `Conflicts` or None). `parts`: see `draw`."""
+    losses = torch.zeros(len(tasks), device=device_of(model))
+    for batch in parts:
+        stacked = ortho and len(batch.tasks) > 1
+        with lora.per_task(model.encoder, batch.sizes) if stacked else contextlib.nullcontext() as grads:
+            found = task_losses(model, batch, s)
+        sum(data.weight * loss for data, loss in zip(batch.tasks, found, strict=True)).backward()
+        places = [tasks.index(data) for data in batch.tasks]
+        if stacked:
+            ortho.collect_stacked(grads)
+        elif ortho:
+            ortho.collect(places[0])  # .grad of A and B moves to the task's row; the head keeps its own
+        for place, loss in zip(places, found, strict=True):
+            losses[place] = loss.detach()
+    if WORLD > 1:
+        collected = {id(p) for p in ortho.parameters} if ortho else ()
+        sum_gradients([p for p in model.parameters() if p.requires_grad and id(p) not in collected])
+        if ortho:
+            dist.all_reduce(ortho.rows)
+    return losses, ortho.project() if ortho else None
+
+
 def train(method, model, tasks, seed, s, log, bar):
     """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step)."""
     device, lr = device_of(model), (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
@@ -413,12 +561,7 @@ def train(method, model, tasks, seed, s, log, bar):
         optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
     else:
         optimizer = torch.optim.SGD(groups, momentum=0.9)
-    blocks, block_names = projected_blocks(model, method, s)
-    ortho = None
-    if blocks:
-        share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" else None
-        generator = torch.Generator().manual_seed(seed)
-        ortho = OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
+    ortho = projection(method, model, tasks, seed, s)
     totals, times = None, []
     model.train()
     if not s.encoder_dropout:
@@ -426,19 +569,12 @@ def train(method, model, tasks, seed, s, log, bar):
         for layer in lora.lora_layers(model.encoder).values():
             layer.train()
 
-    for step in range(s.steps):
+    for step, parts in zip(range(s.steps), draw(tasks, seed, s, model), strict=False):
         begin = time.perf_counter()
         optimizer.zero_grad()
-        losses = {}
-        for t, data in enumerate(tasks):
-            loss = task_loss(model, data, draw(data, step, seed, s, model), s)
-            (data.weight * loss).backward()
-            if ortho:
-                ortho.collect(t)  # .grad of A and B moves to row t; the head keeps its own
-            losses[data.name] = loss.detach()
-            bar.update()
-        if ortho:
-            conflicts = ortho.project()
+        losses, conflicts = gradients(model, tasks, parts, ortho, s)
+        bar.update(len(tasks))
+        if conflicts:
             seen = [conflicts.conflicts.float(), conflicts.cosines, conflicts.removed]
             totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
         norm = torch.nn.utils.clip_grad_norm_(adapter + heads, s.clip or math.inf)
@@ -447,7 +583,7 @@ def train(method, model, tasks, seed, s, log, bar):
         optimizer.step()
 
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
-            values = {name: loss.item() for name, loss in losses.items()}
+            values = dict(zip([data.name for data in tasks], sum_over_processes(losses).tolist(), strict=True))
             if ortho:
                 conflicts.check(model, [data.name for data in tasks])
             for name, value in values.items():
@@ -463,7 +599,8 @@ def train(method, model, tasks, seed, s, log, bar):
         times.append(time.perf_counter() - begin)
 
     seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
-    stats = None if totals is None else statistics(totals, block_names, [d.name for d in tasks], s.steps)
+    names = projected_blocks(model, method, s)[1], [data.name for data in tasks]
+    stats = None if totals is None else statistics(totals, *names, s.steps)
     return stats, seconds
 
 
@@ -521,23 +658,26 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept):
                 entry["conflicts"] = stats
             if masks:
                 masked.remove()
+        scorer = merged(model, encoder)
         for data in group:
             entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
-            entry["tasks"][data.name] = score(data.name, predict(model, data.name, data.test), data.test_labels)
-            folder = save(model, data, method, seed, s, out)
-            if masks:
-                lori.save_masks(folder, masks)
+            entry["tasks"][data.name] = score(data.name, predict(scorer, data.name, data.test), data.test_labels)
+            save(model, data, method, seed, s, out, masks)
             if method in PER_TASK:
                 kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
     entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
     return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
 
 
-def save(model, data, method, seed, s, out):
-    """Write one task's adapter, with what scoring it again takes; returns its folder."""
+def save(model, data, method, seed, s, out, masks=None):
+    """Write one task's adapter, its mask if it has one, and what scoring it again takes."""
+    if RANK:
+        return
     metadata = {"method": method, "seed": str(seed), "revision": s.revision, "glue": s.glue}
     metadata |= {"max_length": str(s.max_length)}
-    return save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+    folder = save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+    if masks:
+        save_masks(folder, masks)
 
 
 def calibrated_masks(model, adapter, s, exclude=None):
@@ -572,12 +712,10 @@ def run_sequence(method, encoder, tasks, seed, s, out, log, bar):
             masked.remove()
             overlaps += [lori.overlap(masks, earlier) for earlier in used]
             used.append(masks)
-        seen = tasks[: stage + 1]
-        matrix.append([score(d.name, predict(model, d.name, d.test), d.test_labels)["score"] for d in seen])
+        seen, scorer = tasks[: stage + 1], merged(model, encoder)
+        matrix.append([score(d.name, predict(scorer, d.name, d.test), d.test_labels)["score"] for d in seen])
     for stage, data in enumerate(tasks):
-        folder = save(model, data, method, seed, s, out)
-        if used:
-            lori.save_masks(folder, used[stage])
+        save(model, data, method, seed, s, out, used[stage] if used else None)
     forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
     entry = {"matrix": matrix, "average": float(np.mean(matrix[-1])), "forgetting": forgetting}
     return entry | ({"overlap": float(np.mean(overlaps))} if overlaps else {})
@@ -618,16 +756,16 @@ def estimate(encoder, tasks, methods, seeds, s):
     model = build("joint", encoder, tasks, 0, s)
     times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
     for backward in (True, False):
-        for data in tasks:
-            for step in range(3):
-                begin = time.perf_counter()
+        for step, parts in zip(range(3), draw(tasks, 0, s, model), strict=False):
+            begin = time.perf_counter()
+            for batch in parts:
                 with torch.set_grad_enabled(backward):
-                    loss = task_loss(model, data, draw(data, step, 0, s, model), s)
+                    loss = sum(task_losses(model, batch, s))
                 if backward:
                     loss.backward()
                 sum(p.grad.sum() for p in model.parameters() if p.grad is not None) + loss.item()  # wait for the device
-                if step:  # the first one warms up
-                    times[backward] += (time.perf_counter() - begin) / 2
+            if step:  # the first one warms up
+                times[backward] += (time.perf_counter() - begin) / 2
     steps = sum(times[method != "head"] * passes(method, s) for method in methods) * s.steps
     scored = (len(tasks) + 1) / 2 if s.continual else 1  # times that a task is scored
     scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.test) for d in tasks) * len(methods) * scored
@@ -788,9 +926,8 @@ def report(results, timing):
 
 
 def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{WORLD} × {one}" if WORLD > 1 else one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -817,7 +954,9 @@ def prepare(s, device):
 def compare(s):
     """Train every method with every seed, and print the table."""
     device = find_device(s.device)
-    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    cuda = device.type == "cuda"
+    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if cuda else "fp32"
+    s.per_task = s.per_task if s.per_task != "auto" else "stacked" if cuda else "loop"
     asked, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
     methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
     encoder, tasks = prepare(s, device)
@@ -838,9 +977,10 @@ def compare(s):
     timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
               "methods": {m: {} for m in methods}}  # fmt: skip
     begin = time.perf_counter()
-    batches = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
-    bar = tqdm(total=batches, unit="batch", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
-    with open(out / "log.jsonl", "a", encoding="utf-8") as log, bar:
+    total = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
+    often = 0.5 if sys.stderr.isatty() else 10
+    bar = tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0)
+    with open(os.devnull if RANK else out / "log.jsonl", "a", encoding="utf-8") as log, bar:
         for seed in seeds:
             kept = {}
             for method in methods:
@@ -853,9 +993,11 @@ def compare(s):
     timing["seconds"] = time.perf_counter() - begin
     averages = {m: [run["average"] for run in runs.values()] for m, runs in results["methods"].items()}
     results["summary"] = {m: summary(m, averages) for m in methods}
+    text = report(results, timing)
+    if RANK:
+        return
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
-    text = report(results, timing)
     write_text(out / "results.md", text)
     print(f"\n{text}\n{out} has results.json, results.md, timing.json, log.jsonl, and adapters in METHOD/seedN/TASK")
 
@@ -889,6 +1031,7 @@ def evaluate(s, given):
         model = MultiTaskModel(copy.deepcopy(encoder), {})
         model.add_head(task, TASKS[task].outputs)
         load_adapter(model, adapter, task)
+        lora.merge_lora(model.encoder)
         models[task] = model.to(device), tokenizer, int(length), source
         available = read_splits(task, source)
         for split in [split for split in TASKS[task].validation if split in available]:
@@ -915,6 +1058,7 @@ def main(argv=None):
     s = Settings(**({"methods": ",".join(PER_TASK)} if "continual" in given else {}) | given)
     try:
         check(s)
+        join_processes(s)
         if s.evaluate:
             return evaluate(s, given)
         if s.demo and {"model", "glue"} & given.keys():
@@ -931,7 +1075,11 @@ def main(argv=None):
         s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
         check(s)
         s.out = str(open_out(s.out or "runs/demo"))
-        folder = make_demo(Path(s.out) / "demo")
+        if RANK == 0:
+            make_demo(Path(s.out) / "demo")
+        if WORLD > 1:
+            dist.barrier()
+        folder = Path(s.out) / "demo"
         s.model, s.glue = str(folder / "model"), str(folder / "glue")
         return compare(s)
     except BadInput as e:

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification
 import lora
 import lori
 import train
-from checkpoint import read_safetensors, write_safetensors
+from checkpoint import load_masks, read_safetensors, write_safetensors
 from glue import encode, load_task, load_tokenizer, score
+from model import load_encoder
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,6 +171,87 @@ def test_mean_is_the_sum_divided(demo):
         torch.testing.assert_close(b, a / 2)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The same step by other means: one stacked batch, two processes, a compiled encoder
+
+
+def adapters(out, methods, seed=0):
+    """{method: all A, B and heads of an out folder as one vector}"""
+    found = {}
+    for method in methods:
+        files = sorted((out / method / f"seed{seed}").glob("*/adapter_model.safetensors"))
+        found[method] = torch.cat([t.flatten() for file in files for t in read_safetensors(file).values()])
+    return found
+
+
+def losses(out):
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [loss for line in lines for loss in json.loads(line)["loss"].values()]
+
+
+def assert_same_run(one, other, methods):
+    np.testing.assert_allclose(losses(one), losses(other), rtol=1e-4)
+    ours, theirs = adapters(one, methods), adapters(other, methods)
+    for method in methods:
+        assert (ours[method] - theirs[method]).norm() < 1e-4 * ours[method].norm()
+        assert not torch.equal(ours[method], ours[methods[0]]) or method == methods[0]
+
+
+SGD = "--tasks sst2,mnli,stsb --steps 5 --optimizer sgd --lr 0.05 --warmup 0"  # Adam would blow rounding up
+
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("flags", ["--task-weights 1,2,3", pytest.param("--compile", marks=compiler)])
+def test_stacked_is_the_loop(run, tmp_path, flags):
+    # The demo's encoder has no dropout, so the two must agree.
+    methods = ["single", "joint", "ortho", "lori-ortho"]
+    for how, more in (("loop", flags if "weights" in flags else ""), ("stacked", flags)):
+        text = f"{SGD} --methods {','.join(methods)} --per-task {how} {more}"
+        assert run(text, out=tmp_path / how)[0] == 0
+        assert json.loads((tmp_path / how / "results.json").read_text())["settings"]["per_task"] == how
+    assert_same_run(tmp_path / "loop", tmp_path / "stacked", methods)
+
+
+@pytest.mark.parametrize("size, how", [(5, "loop"), (1, "stacked"), (1, "loop")])  # shares of 3 and 2; of 1 and 0
+def test_two_processes_are_one(run, demo, tmp_path, size, how):
+    methods = ["joint", "ortho"]
+    flags = f"{SGD} --methods {','.join(methods)} --batch-size {size} --per-task {how}"
+    assert run(flags, out=tmp_path / "one")[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [ROOT / "train.py", "--model", demo / "model", "--glue", demo / "glue", "--out", tmp_path / "two"]
+    command += [*flags.split(), "--max-length", "32", "--dtype", "fp32"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| ortho") == 1  # one process prints
+    assert_same_run(tmp_path / "one", tmp_path / "two", methods)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["methods"] for name in ("one", "two"))
+    for method in methods:
+        for task in ("sst2", "mnli", "stsb"):
+            assert one[method]["0"]["tasks"][task] == pytest.approx(two[method]["0"]["tasks"][task], abs=0.2)
+
+
+def test_no_mask_where_nothing_is_padded(demo):
+    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32, tasks="sst2", batch_size=2)
+    encoder, tasks = train.prepare(s, torch.device("cpu"))
+    model = train.build("joint", encoder, tasks, 0, s)
+    seen = [parts[0] for _, parts in zip(range(60), train.draw(tasks, 0, s, model), strict=False)]
+    assert {batch.mask is None for batch in seen} == {True, False}
+    for batch in seen:
+        assert (batch.mask is None) == bool((batch.ids != model.encoder.config.pad_id).all())
+
+
+def test_a_frozen_weight_is_bf16_once_and_what_trains_is_not(demo):
+    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32, tasks="sst2", dtype="bf16")
+    encoder, tasks = train.prepare(s, torch.device("cpu"))
+    model = train.build("joint", encoder, tasks, 0, s)
+    assert all(p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16) for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in encoder.parameters())  # the scores' encoder is as it was
+    scorer = train.merged(model, encoder)
+    assert all(p.dtype == torch.float32 for p in scorer.parameters()) and not lora.lora_layers(scorer)
+
+
 def test_bf16_trains_and_scores(run, tmp_path):
     status, text, _ = run("--tasks sst2,stsb --methods joint,ortho --steps 3 --dtype bf16")
     assert status == 0 and "bf16" in text
@@ -220,7 +302,7 @@ def test_lori_counts_and_masks(lori_run):
     assert count["lori-s"] == 2 * round(0.1 * dense / 2) and count["lori-s-merged"] == count["lori-s"]
     for task in ("sst2", "mnli"):
         A, B = factors_of(out / "lori-s/seed0" / task)
-        masks = lori.load_masks(out / "lori-s/seed0" / task)
+        masks = load_masks(out / "lori-s/seed0" / task)
         assert sum(int(m.sum()) for m in masks.values()) == round(0.1 * dense / 2)
         assert all(not B[f"base_model.model.bert.{path}"][~mask].any() for path, mask in masks.items())
         dense_A, dense_B = factors_of(out / "lori-d/seed0" / task)
@@ -274,18 +356,18 @@ def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch, tmp_path)
     s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mnli", steps=5, batch_size=4,
                        max_length=32, dtype="fp32", continual=True, disjoint=True)  # fmt: skip
     encoder, tasks = train.prepare(s, torch.device("cpu"))
-    stages, used, scored = [], [], train.predict
+    stages, used, merged = [], [], train.merged
 
     def spy(model, *rest):
         stages.append(lori.adapter(model.encoder))
-        return scored(model, *rest)
+        return merged(model, *rest)
 
-    monkeypatch.setattr(train, "predict", spy)
+    monkeypatch.setattr(train, "merged", spy)
     masked = lori.MaskedB
     monkeypatch.setattr(lori, "MaskedB", lambda model, masks: used.append(masks) or masked(model, masks))
     with open(os.devnull, "w") as log:
         train.run_sequence("lori-s", encoder, tasks, 0, s, tmp_path, log, train.tqdm(disable=True))
-    assert all(torch.equal(lori.load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
+    assert all(torch.equal(load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
                for i, t in enumerate(("sst2", "mnli")) for path in used[i])  # fmt: skip
     for path, mask in used[0].items():
         before, after = stages[0][path][1], stages[-1][path][1]  # B after the first task, and after the second
@@ -318,9 +400,11 @@ def test_learning_rate_schedule():
 def test_regression_loss_of_the_mean_is_one(demo):
     s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32)
     data = train.load_data("stsb", s, load_tokenizer(demo / "model"))
-    batch = [torch.zeros(len(data.train), 1), None, None, torch.tensor(data.train_labels)]
-    guess = lambda *_: torch.full((len(data.train), 1), data.guess())  # noqa: E731  a model that says the mean
-    assert train.task_loss(guess, data, batch, s).item() == pytest.approx(1.0, abs=1e-4)
+    s.dtype, s.batch_size = "fp32", len(data.train)
+    model = train.build("head", load_encoder(demo / "model", quiet=True), [data], 0, s)
+    torch.nn.init.zeros_(model.heads["stsb"].out.weight)  # its bias is the mean label
+    batch = next(train.draw([data], 0, s, model))[0]
+    assert train.task_losses(model, batch, s)[0].item() == pytest.approx(1.0, abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
