@@ -1,0 +1,393 @@
+"""What it costs: time and memory of the projection and of whole training steps, as ratios within one run.
+
+    python experiments/bench.py project                              the projection alone, at RoBERTa-base's LoRA shapes
+    python experiments/bench.py project --num-tasks 2,4,8,16,32,64,128     and how it grows with the tasks
+    python experiments/bench.py step --model FOLDER_OR_ID            a training step: joint, pcgrad, ortho
+    python experiments/bench.py memory --model FOLDER_OR_ID          its peak memory, each mode in a process of its own
+    python experiments/bench.py padding --model … --glue …           batches of alike lengths against plain shuffling
+
+Every table is one run: the modes take turns, round after round, and what is compared are their medians. Times of two
+runs, or of two machines, are not comparable. Peers (torchjd; transformers with peft) are timed where installed.
+What is printed is also written to experiments/results/bench-WHAT-DEVICE.json and .md; --out FOLDER puts it elsewhere.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import glue  # noqa: E402
+import train  # noqa: E402
+from model import load_encoder  # noqa: E402
+from ortholora import OrthoLoRA  # noqa: E402
+
+ROBERTA_BASE = [(8, 768), (768, 8)] * 24  # A and B of query and value in 12 layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(modes, rounds, device, warmup=2):
+    """{name: (prepare or None, run)} -> {name: median seconds of run()}, in rounds of every mode once."""
+    times = {name: [] for name in modes}
+    for _ in range(warmup + rounds):
+        for name, (prepare, run) in modes.items():
+            if prepare:
+                prepare()
+            synchronize(device)
+            begin = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds[warmup:]) for name, seconds in times.items()}
+
+
+def machine(device):
+    """What a number was measured on."""
+    return {"hardware": train.hardware(device), "processor": processor(), "torch": torch.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
+def processor():
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def installed(*packages):
+    return all(importlib.util.find_spec(package) for package in packages)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The projection alone
+
+
+def projection_modes(T, device, with_torchjd):
+    """(OrthoLoRA, modes for `take_turns`): what T tasks cost at ROBERTA_BASE, on random gradients."""
+    torch.manual_seed(T)
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in ROBERTA_BASE]
+    ortho = OrthoLoRA([[p] for p in parameters], T)
+    rows = torch.randn(ortho.rows.shape, device=device)  # (T, P)
+    stack = rows.unflatten(1, (len(parameters), -1)).transpose(0, 1).contiguous()  # (blocks, T, n)
+
+    def clear():
+        for p in parameters:
+            p.grad = None
+
+    def collect():
+        for t in range(T):
+            for p, grad in zip(parameters, ortho._per_parameter(rows[t]), strict=True):
+                p.grad = grad
+            ortho.collect(t)
+
+    def fill():
+        clear()
+        ortho.rows.copy_(rows)
+
+    modes = {"collect": (clear, collect), "project": (fill, ortho.project), "gram": (None, lambda: stack @ stack.mT)}
+    if with_torchjd:
+        from torchjd.aggregation import PCGrad
+
+        modes["torchjd"] = None, lambda: [PCGrad()(block) for block in stack]
+    return ortho, modes
+
+
+def bench_project(args, device):
+    """`collect` and `project` at RoBERTa-base's shapes, beside the Gram product that no way of projecting can avoid."""
+    rows = [["tasks", "collect", "project", "bare Gram", "torchjd", "project / Gram", "torchjd / project", "MiB"]]
+    results, counts = [], [int(t) for t in args.num_tasks.split(",")]
+    for T in counts:
+        ortho, modes = projection_modes(T, device, args.torchjd_up_to >= T and installed("torchjd"))
+        times = take_turns(modes, args.rounds if T < 32 else max(3, args.rounds // 5), device)
+        extra = peak_of(ortho.project, device, prepare=modes["project"][0])
+        ms = {name: 1e3 * seconds for name, seconds in times.items()}
+        results.append({"tasks": T, "milliseconds": ms, "extra_bytes": extra, "rows_bytes": ortho.rows.nbytes})
+        theirs = ms.get("torchjd", float("nan"))
+        ratios = [f"{ms['project'] / ms['gram']:.1f}", f"{theirs / ms['project']:.1f}", f"{extra / 2**20:.1f}"]
+        own = [f"{ms[name]:.2f} ms" for name in ("collect", "project", "gram")]
+        rows.append([str(T), *own, f"{theirs:.1f} ms", *ratios])
+        print(" ".join(rows[-1]), flush=True)
+    notes = ["48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
+             "batched product of every block with itself. MiB: what project() allocates beside the rows."]  # fmt: skip
+    if len(counts) > 3:
+        many = [r for r in results if r["tasks"] >= 8]
+        grown = np.log([[r["milliseconds"]["project"], r["extra_bytes"]] for r in many])
+        time_, memory = np.polyfit(np.log([r["tasks"] for r in many]), grown, 1)[0]
+        notes.append(f"From {many[0]['tasks']} to {many[-1]['tasks']} tasks project() takes time as T^{time_:.2f}, "
+                     f"and memory beside the rows as T^{memory:.2f}.")  # fmt: skip
+    return rows, results, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step
+
+
+class Step:
+    """One training step of a method in a mode, on random sequences without padding."""
+
+    def __init__(self, method, how, args, device, encoder):
+        s = train.Settings(batch_size=args.batch_size, per_task=how, dtype=args.dtype, compile=args.compile)
+        labels = np.arange(args.batch_size) % 2
+        rng = np.random.default_rng(0)
+        self.tasks = []
+        for name in itertools.islice([t for t in glue.TASKS if glue.TASKS[t].outputs == 2] * 100, args.tasks):
+            ids = rng.integers(5, encoder.config.vocabulary, (args.batch_size, args.length)).tolist()
+            self.tasks.append(train.TaskData(name, [(row, [0] * len(row)) for row in ids], labels, [], labels))
+        model = self.model = train.build(method, encoder, self.tasks, 0, s)
+        self.parts, self.s = next(train.draw(self.tasks, 0, s, model)), s
+        model.eval()  # no dropout anywhere, in no mode
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.ortho = train.projection(method, model, self.tasks, 0, s)
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        train.gradients(self.model, self.tasks, self.parts, self.ortho, self.s)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+class PeftStep:
+    """The same joint step by `transformers` and `peft`: a sequence classifier, the batches' gradients added."""
+
+    def __init__(self, attention, precision, args, device, config):
+        import peft
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        names = {"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"}
+        made = transformers.AutoConfig.from_pretrained(config, num_labels=2, **dict.fromkeys(names.values(), 0.0))
+        model = transformers.AutoModelForSequenceClassification.from_config(made, attn_implementation=attention)
+        if precision == "bf16 weights":
+            model = model.to(torch.bfloat16)
+        wanted = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+        self.model, self.device = peft.get_peft_model(model, wanted).to(device).eval(), device
+        if args.compile:
+            self.model = torch.compile(self.model, dynamic=True)
+        self.autocast = precision == "autocast"
+        rng = torch.Generator().manual_seed(0)
+        shape = args.batch_size, args.length
+        labels = (torch.arange(args.batch_size) % 2).to(device)
+        ids = [torch.randint(5, made.vocab_size, shape, generator=rng).to(device) for _ in range(args.tasks)]
+        self.batches = [{"input_ids": x, "labels": labels} for x in ids]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        for batch in self.batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = self.model(**batch).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+
+MODES = {  # name -> method, how
+    "joint, loop": ("joint", "loop"), "joint, one mixed batch": ("joint", "stacked"),
+    "pcgrad, loop": ("pcgrad", "loop"), "ortho, loop": ("ortho", "loop"), "ortho, stacked": ("ortho", "stacked"),
+}  # fmt: skip
+
+
+def bench_step(args, device):
+    """A whole step in every mode, against the faster of the two joint steps; and against the peers' joint step."""
+    folder = train.find_checkpoint(args.model)
+    encoder = load_encoder(folder, quiet=True).to(device)
+    steps = {name: Step(method, how, args, device, encoder) for name, (method, how) in MODES.items()}
+    if installed("transformers", "peft") and encoder.config.family != "distilbert":
+        for attention in ("sdpa", "eager"):
+            for precision in ("autocast", "bf16 weights") if args.dtype == "bf16" else ("float32",):
+                name = f"transformers + peft, joint, {attention}, {precision}"
+                steps[name] = PeftStep(attention, precision, args, device, folder)
+    times = take_turns({name: (None, step) for name, step in steps.items()}, args.rounds, device)
+    joint = min(times["joint, loop"], times["joint, one mixed batch"])
+    tokens = args.tasks * args.batch_size * args.length
+    rows = [["step", "time", "tokens / s", "against the faster joint step"]]
+    rows += [[name, f"{1e3 * t:.0f} ms", f"{tokens / t:,.0f}", f"{t / joint:.3f}"] for name, t in times.items()]
+    notes = [f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
+             f"{Path(args.model).name}, no padding, no dropout{', compiled' if args.compile else ''}."]  # fmt: skip
+    theirs = {name: t for name, t in times.items() if "peft" in name}
+    if theirs:
+        best = min(theirs, key=theirs.get)
+        notes.append(f"Our joint step is {theirs[best] / joint:.2f} times as fast as the fastest of theirs ({best}).")
+    return rows, [{"mode": name, "seconds": t} for name, t in times.items()], notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_of(run, device, prepare=None):
+    """Bytes that torch's allocator has given out at the peak of `run()`, beyond what was out before."""
+    if prepare:
+        prepare()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            run()
+        seen.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    events = sorted((e["ts"], i, e["args"]) for i, e in enumerate(events) if e.get("name") == "[memory]")
+    totals = [args["Total Allocated"] for *_, args in events]
+    return max(totals) - (totals[0] - events[0][2]["Bytes"])
+
+
+def peak_of_step(args, device):
+    """In this process, for --mode alone: the peak of the third step, beyond what stands between steps."""
+    step = Step(*MODES[args.mode], args, device, load_encoder(args.model, quiet=True).to(device))
+    step(), step()
+    step.optimizer.zero_grad()
+    return peak_of(step, device)
+
+
+def bench_memory(args, device):
+    """Each mode in a process of its own, against joint training in the same way (loop, or one mixed batch)."""
+    peaks = {}
+    for mode in MODES:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--mode", mode], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        peaks[mode] = int(done.stdout.split()[-1])
+    step = Step("ortho", "loop", args, device, load_encoder(args.model, quiet=True).to(device))
+    TP = step.ortho.rows.nbytes
+    rows = [["step", "peak beyond the weights", "beyond joint", "in rows of T · P floats", "against joint"]]
+    for mode, peak in peaks.items():
+        base = peaks["joint, loop" if "loop" in mode else "joint, one mixed batch"]
+        more = peak - base + (TP if "ortho" in mode or "pcgrad" in mode else 0)  # the rows stand between steps too
+        rows.append([mode, f"{peak / 2**20:.1f} MiB", f"{more / 2**20:.2f} MiB", f"{more / TP:.2f}",
+                     f"{(base + more) / base:.3f}"])  # fmt: skip
+    notes = [
+        f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
+        f"{Path(args.model).name}. The rows, T · P floats, take {TP / 2**20:.2f} MiB and are counted in."
+    ]
+    return rows, [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()] + [{"rows_bytes": TP}], notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Padding
+
+
+def bench_padding(args, device):
+    """Joint steps on real tasks, with batches of alike lengths and with plain shuffling: padding, tokens per second."""
+    folder = train.find_checkpoint(args.model)
+    tokenizer, encoder = glue.load_tokenizer(folder), load_encoder(folder, quiet=True).to(device)
+    base = train.Settings(glue=args.glue, batch_size=args.batch_size, max_length=args.length, dtype=args.dtype,
+                          per_task="loop")  # fmt: skip
+    names = args.tasks_named.split(",")
+    tasks = [train.load_data(name, base, tokenizer) for name in names]
+    rows = [["batches", *(f"{name}: padding" for name in names), "all: padding", "stacked: padding",
+             "real tokens / s", "against plain"]]  # fmt: skip
+    streams, found = {}, {}
+    for window in (1, base.window):
+        s = train.dataclasses.replace(base, window=window)
+        model = train.build("joint", encoder, tasks, 0, s)
+        share, totals, stacked = [], [0, 0], [0, 0]
+        for data in tasks:
+            drawn = list(itertools.islice(glue.batches(data.lengths, s.batch_size, 0, data.name, window), 200))
+            real, all_ = (sum(int(f(data.lengths[b])) for b in drawn) for f in (np.sum, lambda x: len(x) * x.max()))
+            share.append(1 - real / all_)
+            totals = [totals[0] + real, totals[1] + all_]
+        for step in itertools.islice(zip(*(glue.batches(d.lengths, s.batch_size, 0, d.name, window) for d in tasks),
+                                         strict=True), 200):  # fmt: skip
+            lengths = np.concatenate([d.lengths[b] for d, b in zip(tasks, step, strict=True)])
+            stacked = [stacked[0] + lengths.sum(), stacked[1] + len(lengths) * lengths.max()]
+        found[window] = share, 1 - totals[0] / totals[1], 1 - stacked[0] / stacked[1]
+        streams[window] = model, train.draw(tasks, 0, s, model), s
+
+    def ten_steps(window):
+        model, stream, s = streams[window]
+        for parts in itertools.islice(stream, 10):
+            model.zero_grad()
+            train.gradients(model, tasks, parts, None, s)
+            counted[window] += sum(b.ids.numel() if b.mask is None else int(b.mask.sum()) for b in parts)
+
+    counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
+    for turn in range(1 + max(2, args.rounds // 4)):  # sums, not medians: the batches differ
+        for window in streams:
+            begin = time.perf_counter()
+            ten_steps(window)
+            synchronize(device)
+            seconds[window] += time.perf_counter() - begin
+        if turn == 0:
+            counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
+    rate = {window: counted[window] / seconds[window] for window in streams}
+    for window, (share, total, stacked) in found.items():
+        rows.append([f"windows of {window}" if window > 1 else "plain", *(f"{100 * x:.1f} %" for x in share),
+                     f"{100 * total:.1f} %", f"{100 * stacked:.1f} %", f"{rate[window]:,.0f}",
+                     f"{rate[window] / rate[1]:.2f}"])  # fmt: skip
+    notes = [f"Joint steps of {args.batch_size} sequences per task, at most {args.length} tokens, {args.dtype}, "
+             f"{Path(args.model).name}. padding: its share of all tokens, over 200 batches. stacked: all tasks' "
+             "batches padded to the longest of them."]  # fmt: skip
+    results = [{"window": w, "padding": dict(zip(names, f[0], strict=True)), "padding_all": f[1],
+                "padding_stacked": f[2], "tokens_per_second": rate[w]} for w, f in found.items()]  # fmt: skip
+    return rows, results, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["project", "step", "memory", "padding"])
+    parser.add_argument("--num-tasks", default="4,8,64", help="project: numbers of tasks [%(default)s]")
+    parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: time torchjd up to so many tasks")
+    parser.add_argument("--model", default="roberta-base", help="checkpoint folder or Hub id [%(default)s]")
+    parser.add_argument("--glue", default="nyu-mll/glue", help="padding: GLUE folder or Hub id [%(default)s]")
+    parser.add_argument("--tasks-named", default="rte,mrpc,cola,stsb", help="padding: the tasks [%(default)s]")
+    parser.add_argument("--tasks", type=int, default=4, help="step, memory: how many [%(default)s]")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences per task [%(default)s]")
+    parser.add_argument("--length", type=int, default=64, help="tokens per sequence, at most [%(default)s]")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the encoder [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, in every mode")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds [%(default)s]")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder for the results")
+    parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
+    args = parser.parse_args()
+    device = train.find_device(args.device)
+    if args.mode:
+        print(peak_of_step(args, device))
+        return
+    rows, results, notes = globals()[f"bench_{args.what}"](args, device)
+    about = machine(device)
+    command = " ".join(["python experiments/bench.py", *sys.argv[1:]])
+    text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`, {args.rounds} rounds, on {about['hardware']} "
+                        f"({about['processor']}), torch {about['torch']}."])  # fmt: skip
+    print(f"\n{text}")
+    name = f"bench-{args.what}" + (f"-{args.dtype}" if args.what == "step" else "") + f"-{device.type}"
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    written = {"command": command, **about, "rounds": args.rounds, "results": results}
+    (out / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
+    (out / f"{name}.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
