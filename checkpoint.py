@@ -5,15 +5,20 @@
     read_safetensors, write_safetensors
     save_adapter, load_adapter      PEFT's adapter folders (adapter_config.json, adapter_model.safetensors)
     save_masks, load_masks          LoRI's masks, beside them
+    save_state, load_state, Progress        where an interrupted run was
 
 Bad files are the user's, not a bug's: every one of them raises `BadInput` with one line that says what is wrong where.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import reprlib
+import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -28,6 +33,16 @@ class BadInput(ValueError):
 
 class HubError(BadInput):
     """The Hub could not be reached, or did not have what was asked of it."""
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 200
+
+
+def shown(value):
+    """repr, but of some hundred characters at most, and of anything: a message is one line whatever a file holds."""
+    text = SHORT.repr(value)
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,11 +68,30 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+MAX_JSON = 10_000_000  # bytes, of a file or a header: parsed, they take up to 30 times as much
+
+
+def parse_json(text):
+    """json.loads, but a key that an object has twice, of which every reader takes its own, raises ValueError."""
+
+    def unique(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {shown(key)} is there twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def read_json(path):
-    """The JSON object in `path`. Raises BadInput: no such file, not JSON, not an object."""
+    """The JSON object in `path`. Raises BadInput: no such file, not JSON, not an object, a key twice, too large."""
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"it has more than {MAX_JSON} bytes")
+        value = parse_json(path.read_bytes().decode())
     except FileNotFoundError:
         raise BadInput(f"{path.parent} has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -74,7 +108,6 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes; the reference reader's own limit
 
 
 def read_header(path):
@@ -87,26 +120,21 @@ def read_header(path):
     def bad(what):
         return BadInput(f"{path} is not a complete safetensors file: {what}")
 
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise bad("its header has a key twice")
-        return dict(pairs)
-
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
+            if size < 8 or length > min(size - 8, MAX_JSON):
                 raise bad(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(f.read(length).decode(), object_pairs_hook=unique)
+            header = parse_json(f.read(length).decode())
     except FileNotFoundError:
         raise BadInput(f"{path.parent} has no {path.name}") from None
     except OSError as e:
         raise BadInput(f"{path} can't be read: {e.strerror}") from None
     except BadInput:
         raise
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of 5000 digits, 5000 brackets
-        raise bad("its header is not JSON") from None
+    except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, a number of 5000 digits, 5000 brackets
+        raise bad(f"its header is not JSON: {e}") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -115,19 +143,22 @@ def read_header(path):
 
     entries = {}
     for name, entry in header.items():
+        if not name.isprintable():  # it will be: no line break, no half of a character
+            raise bad(f"tensor {shown(name)} has no printable name")
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
         except (KeyError, TypeError, ValueError):
-            raise bad(f"tensor {name!r} has no readable dtype, shape and offsets") from None
+            raise bad(f"tensor {shown(name)} has no readable dtype, shape and offsets") from None
+        whole = whole and len(shape) <= 64 and all(n < 2**60 for n in shape)  # 64: torch's own limit
         whole = whole and math.prod(n or 1 for n in shape) < 2**60  # beyond, torch refuses even an empty one
         if not whole or end - begin != math.prod(shape) * dtype.itemsize:
-            raise bad(f"tensor {name!r} of shape {shape} can't lie in bytes {begin} to {end}")
+            raise bad(f"tensor {shown(name)} of shape {shown(shape)} can't lie in bytes {shown(begin)} to {shown(end)}")
         entries[name] = (dtype, shape, begin, end)
     covered = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != covered:
-            raise bad(f"tensor {name!r} begins at byte {begin} instead of {covered}")
+            raise bad(f"tensor {shown(name)} begins at byte {shown(begin)} instead of {covered}")
         covered = end
     if covered != size - 8 - length:
         raise bad(f"its tensors take {covered} bytes, the file has {size - 8 - length} (truncated?)")
@@ -135,20 +166,18 @@ def read_header(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file. The tensors share one buffer. Raises BadInput on any damage."""
+    """{name: tensor} of a safetensors file. Raises BadInput on any damage."""
     entries, _, start = read_header(path)
-    with open(path, "rb") as f:
-        f.seek(start)
-        data = bytearray(os.fstat(f.fileno()).st_size - start)
-        f.readinto(data)
     tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        if begin == end:  # torch.frombuffer refuses empty buffers
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        elif begin % dtype.itemsize:  # legal, but not where a tensor may lie in memory
-            tensors[name] = torch.frombuffer(data[begin:end], dtype=dtype).view(shape)
-        else:
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+    with open(path, "rb") as f:
+        for name, (dtype, shape, begin, end) in entries.items():
+            if begin == end:  # torch.frombuffer refuses empty buffers
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                continue
+            data = bytearray(end - begin)  # its own, so aligned wherever it lies in the file
+            f.seek(start + begin)
+            f.readinto(data)
+            tensors[name] = torch.frombuffer(data, dtype=dtype).view(shape)
     return tensors
 
 
@@ -184,6 +213,53 @@ def looks_like_path(name):
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
+def reason(error):
+    """What an error began with, in one line."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hub_error(kind, name, error):
+    """A HubError with one line for whatever the Hub's libraries raised over the model or dataset `name`."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return HubError(f"{kind} {name!r} is gated: ask for access on its page and set HF_TOKEN")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return HubError(f"no {kind} {name!r} on the Hub, or it is private (then set HF_TOKEN)")
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        why, advice = "it is down, or HF_HUB_OFFLINE is set, and the cache lacks it or a part of it", "connect"
+    else:
+        why, status = reason(error), getattr(getattr(error, "response", None), "status_code", None)
+        advice = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 429: "wait some minutes"}.get(status, "try again later")
+    where = "" if constants.ENDPOINT in why else f" ({constants.ENDPOINT})"
+    return HubError(f"{kind} {name!r} can't be had from the Hub: {why}{where}; {advice}, or give a local folder")
+
+
+def ask_hub(kind, name, file, revision="main"):
+    """Ask the Hub for a file's headers: None, or a HubError that says why the model or dataset can't be had.
+
+    Only once: its libraries would try a Hub that is down for 25 seconds, and wait as long as a busy one tells them to.
+    Raises BadInput for what is no Hub id.
+    """
+    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
+    from huggingface_hub import errors as hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=revision))
+    except hub.EntryNotFoundError:
+        pass  # the file is not there, the repository is
+    except hub.HFValidationError:
+        raise BadInput(f"{name!r} is neither a folder nor a Hub id") from None
+    except hub.RevisionNotFoundError:
+        return HubError(f"{kind} {name!r} has no revision {revision!r}; try 'main'")
+    except Exception as e:  # no network, a proxy: classes of several packages
+        return hub_error(kind, name, e)
+
+
 def find_checkpoint(path_or_id, revision="main"):
     """The folder that holds a checkpoint: the local folder of that name, or the Hub's, downloaded or from its cache.
 
@@ -195,17 +271,19 @@ def find_checkpoint(path_or_id, revision="main"):
     if looks_like_path(str(path_or_id)) or os.path.exists(folder):
         raise BadInput(f"there is no model folder {path_or_id}")
 
-    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
-    from huggingface_hub import constants, hf_hub_download
+    trouble = ask_hub("model", str(path_or_id), "config.json", revision)  # then the cache is all there is
     from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download, logging
+
+    logging.set_verbosity_error()  # no warning for each of its retries
 
     def download(*names):
         """The first of `names` that the repository has; None where it has none."""
         for name in names:
             try:
-                return Path(hf_hub_download(path_or_id, name, revision=revision))
+                return Path(hf_hub_download(path_or_id, name, revision=revision, local_files_only=bool(trouble)))
             except hub.LocalEntryNotFoundError:
-                if not constants.HF_HUB_OFFLINE:
+                if not trouble:
                     raise
             except hub.EntryNotFoundError:
                 continue
@@ -214,29 +292,20 @@ def find_checkpoint(path_or_id, revision="main"):
     try:
         config = download("config.json")
         if config is None:
-            offline = "is not in the local cache, and the Hub is offline" if constants.HF_HUB_OFFLINE else "has none"
-            raise HubError(f"no config.json for model {path_or_id!r}: the repository {offline}")
+            raise trouble or HubError(f"model {path_or_id!r} has no config.json")
         download("tokenizer.json")
         weights = download("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         if weights is None:
-            raise HubError(f"model {path_or_id!r} has no model.safetensors and no pytorch_model.bin")
+            raise trouble or HubError(f"model {path_or_id!r} has no model.safetensors and no pytorch_model.bin")
         if weights.name.endswith(".index.json"):
             for shard in shards(weights):
-                download(shard)
+                if download(shard) is None:
+                    raise trouble or HubError(f"model {path_or_id!r} has no {shard}, which its index names")
         return config.parent
-    except hub.GatedRepoError:
-        raise HubError(f"model {path_or_id!r} is gated: ask for access on its page and set HF_TOKEN") from None
-    except hub.RepositoryNotFoundError:
-        raise HubError(f"no model {path_or_id!r} on the Hub, or it is private (then set HF_TOKEN)") from None
-    except hub.RevisionNotFoundError:
-        raise HubError(f"model {path_or_id!r} has no revision {revision!r}") from None
-    except hub.HFValidationError:
-        raise BadInput(f"{path_or_id!r} is neither a folder nor a Hub id") from None
     except BadInput:
         raise
-    except Exception as e:  # no network, a proxy, a full disk: classes of several packages
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise HubError(f"model {path_or_id!r} can't be had from the Hub: {reason}") from None
+    except Exception as e:  # a connection that broke, a full disk: classes of several packages
+        raise hub_error("model", path_or_id, e) from None
 
 
 def shards(index):
@@ -246,8 +315,8 @@ def shards(index):
         raise BadInput(f"{index} has no weight_map")
     files = sorted(set(weight_map.values()))
     for file in files:
-        if not re.fullmatch(r"[\w.-]+", file) or file.startswith("."):
-            raise BadInput(f"{index} names a file that is none of its folder: {file!r}")
+        if not re.fullmatch(r"[\w.-]{1,200}", file) or file.startswith("."):
+            raise BadInput(f"{index} names a file that is none of its folder: {shown(file)}")
     return files
 
 
@@ -258,20 +327,45 @@ def read_weights(folder):
         return read_safetensors(folder / "model.safetensors")
     if (folder / "model.safetensors.index.json").exists():
         tensors = {}
+        inside = [Path(os.path.realpath(folder))]
+        if inside[0].parent.name == "snapshots":  # the Hub's cache, where every file is a link to ../../blobs
+            inside.append(inside[0].parents[1] / "blobs")
         for shard in shards(folder / "model.safetensors.index.json"):
+            if Path(os.path.realpath(folder / shard)).parent not in inside:
+                raise BadInput(f"{folder / shard} is a link that leads out of its folder")
             tensors |= read_safetensors(folder / shard)
         return tensors
     pickled = folder / "pytorch_model.bin"
     if not pickled.exists():
         raise BadInput(f"{folder} has no weights: neither model.safetensors, nor an index, nor pytorch_model.bin")
-    try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load has no error of its own for a damaged or a malicious file
-        raise BadInput(f"{pickled} is damaged, or holds more than tensors ({type(e).__name__})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(n, str) for n in tensors) or not all(
-        isinstance(t, torch.Tensor) and t.layout == torch.strided for t in tensors.values()
-    ):  # fmt: skip
-        raise BadInput(f"{pickled} should hold a dictionary of names and tensors")
+    return read_pickle(pickled)
+
+
+def read_pickle(path):
+    """{name: tensor} of a pytorch_model.bin, in which nothing but tensors is unpickled. Raises BadInput.
+
+    A pickle may claim more numbers than it holds (a stride of 0, a compressed archive): what it claims is looked at
+    first, on the "meta" device, and may be twice the file's size, for weights that are tied.
+    """
+    size = path.stat().st_size
+    for device in "meta", "cpu":
+        try:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if sum(file.file_size for file in archive.infolist()) > size:
+                        raise BadInput(f"{path} is compressed: it would take more memory than its {size} bytes")
+            tensors = torch.load(path, map_location=device, weights_only=True)
+        except BadInput:
+            raise
+        except Exception as e:  # torch.load has no error of its own for a damaged or a malicious file
+            raise BadInput(f"{path} is damaged, or holds more than tensors ({type(e).__name__})") from None
+        if not isinstance(tensors, dict) or not all(isinstance(n, str) and n.isprintable() for n in tensors) or not all(
+            type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type == device
+            and not t.is_nested and not t.is_quantized for t in tensors.values()
+        ):  # fmt: skip
+            raise BadInput(f"{path} should hold a dictionary of names and tensors")
+        if sum(t.numel() * t.itemsize for t in tensors.values()) > 2 * size:
+            raise BadInput(f"{path} claims more numbers than its {size} bytes hold")
     return tensors
 
 
@@ -326,12 +420,24 @@ def save_adapter(model, folder, task, base="", metadata=None):
     return folder
 
 
-def pattern(config, key, path, default):
-    """peft's rank_pattern / alpha_pattern: the value whose key, a regex, matches the end of `path`, or the default."""
+PART = r"(\\[.\-dw]|\[[\w-]+\]|[\w.-])[*+]?|[()|^$]"  # of the regexes in a pattern that we take from a stranger
+
+
+def patterns(config, key, default):
+    """peft's rank_pattern / alpha_pattern: path -> the value whose key, a regex, matches the path's end, or default.
+
+    Raises ValueError: keys that could take long to match, as some regexes do for ever; re.error: no regex.
+    """
+    cost, found = 0, []
     for name, value in (config.get(key) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({name})", path):
-            return value
-    return default
+        if len(name) > 300 or not re.fullmatch(rf"({PART})*", name):
+            raise ValueError
+        ways = 60 ** min(sum(map(name.count, "*+")), 9) * 2 ** name.count("|")  # to match 60 characters
+        cost += 1000 + 10 * ways  # 1000: to compile it
+        if cost > 10**6 or re.search(r"\)[*+]", name):
+            raise ValueError
+        found.append((re.compile(rf"(.*\.)?({name})"), value))
+    return lambda path: next((value for regex, value in found if regex.fullmatch(path)), default)
 
 
 def load_adapter(model, folder, task=None):
@@ -349,18 +455,21 @@ def load_adapter(model, folder, task=None):
     config = read_json(folder / "adapter_config.json")
     where = f"adapter {folder}"
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{where} is of peft_type {config.get('peft_type')!r}; only LORA adapters can be loaded")
+        raise BadInput(f"{where} is of peft_type {shown(config.get('peft_type'))}; only LORA adapters can be loaded")
     for key in VARIANTS:
         if config.get(key):
             raise BadInput(f"{where} uses {key}, which plain LoRA layers can't hold")
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        raise BadInput(f"{where} belongs to changed base weights (init_lora_weights={config['init_lora_weights']!r})")
+        kind = shown(config["init_lora_weights"])
+        raise BadInput(f"{where} belongs to changed base weights (init_lora_weights={kind})")
     if config.get("bias", "none") != "none":
-        raise BadInput(f"{where} trained biases (bias={config['bias']!r}); only bias='none' can be loaded")
+        raise BadInput(f"{where} trained biases (bias={shown(config['bias'])}); only bias='none' can be loaded")
+    if config.get("use_rslora") not in (None, True, False):
+        raise BadInput(f"{where}: use_rslora is {shown(config['use_rslora'])}")
     tensors = {}
     for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
         if not name.startswith(ROOT) or not tensor.is_floating_point():
-            raise BadInput(f"{where}: tensor {name!r} of type {tensor.dtype} is no adapter tensor ({ROOT}…)")
+            raise BadInput(f"{where}: tensor {shown(name)} of type {tensor.dtype} is no adapter tensor ({ROOT}…)")
         tensors[name.removeprefix(ROOT)] = tensor.float()
 
     # Which layers: what the file holds decides; target_modules may be a list, a regex or "all-linear".
@@ -369,27 +478,31 @@ def load_adapter(model, folder, task=None):
         stem, factor = name.removesuffix(".weight").rsplit(".lora_", 1)
         path = stem.removeprefix(prefix)
         if not isinstance(modules.get(path), torch.nn.Linear):
-            raise BadInput(f"{where} adapts {stem!r}, which is no linear layer of this encoder")
+            raise BadInput(f"{where} adapts {shown(stem)}, which is no linear layer of this encoder")
+        if factor in factors.get(path, ()):
+            raise BadInput(f"{where} has lora_{factor} of {path} twice, with {prefix} and without")
         factors.setdefault(path, {})[factor] = tensors.pop(name)
     if not factors:
         raise BadInput(f"{where} holds no LoRA tensors")
     dropout, sizes = config.get("lora_dropout", 0.0), {}
+    try:
+        rank_of = patterns(config, "rank_pattern", config.get("r", 8))
+        alpha_of = patterns(config, "alpha_pattern", config.get("lora_alpha", 8))
+    except (TypeError, ValueError, OverflowError, AttributeError, RecursionError, re.error):
+        raise BadInput(f"{where}: its rank_pattern or alpha_pattern can't be read") from None
     for path, found in factors.items():
         base, name = modules[path], prefix + path
-        try:
-            rank = pattern(config, "rank_pattern", name, config.get("r", 8))
-            alpha = pattern(config, "alpha_pattern", name, config.get("lora_alpha", 8))
-            usable = rank == int(rank) >= 1 and abs(alpha) < 1e9 and 0 <= dropout < 1
-        except (TypeError, ValueError, OverflowError, AttributeError, re.error):
-            raise BadInput(f"{where}: r, lora_alpha, lora_dropout and their patterns can't be read") from None
-        if not usable:
-            raise BadInput(f"{where} has r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}")
+        rank, alpha = rank_of(name), alpha_of(name)
+        numbers = type(rank) is int and type(alpha) in (int, float) and type(dropout) in (int, float)
+        if not numbers or rank < 1 or not abs(alpha) < 1e9 or not 0 <= dropout < 1:
+            raise BadInput(f"{where} has r={shown(rank)}, lora_alpha={shown(alpha)}, lora_dropout={shown(dropout)}")
         for factor, shape in (("A", (rank, base.in_features)), ("B", (base.out_features, rank))):
             if factor not in found:
                 raise BadInput(f"{where} has no lora_{factor} for {name}")
             if tuple(found[factor].shape) != shape:
-                raise BadInput(f"{where}: lora_{factor} of {name} is {tuple(found[factor].shape)}, should be {shape}")
-        sizes[path] = int(rank), alpha
+                size, want = tuple(found[factor].shape), shown(shape)
+                raise BadInput(f"{where}: lora_{factor} of {name} is {size}, should be {want}")
+        sizes[path] = rank, alpha
 
     # The rest: the head's tensors. Whatever else belongs inside the encoder would be lost, so it is refused.
     head = {} if task is None else model.heads[task].state_dict()
@@ -402,15 +515,16 @@ def load_adapter(model, folder, task=None):
     for name in sorted(tensors.keys() - head.keys()):
         inside = name.startswith(prefix) and not name.startswith(of_heads)
         if inside or name in model.encoder.state_dict():
-            raise BadInput(f"{where} has {name!r} trained besides LoRA and the head, which can't be loaded")
+            raise BadInput(f"{where} has {shown(name)} trained besides LoRA and the head, which can't be loaded")
 
     if head:
         model.heads[task].load_state_dict({name: tensors[name] for name in head})
     model.encoder.requires_grad_(False)
     for path, (rank, alpha) in sizes.items():
         layer = LoRALinear(modules[path], rank, alpha, dropout, rslora=bool(config.get("use_rslora")))
-        layer.A.data.copy_(factors[path]["A"])
-        layer.B.data.copy_(factors[path]["B"])
+        found = factors.pop(path)
+        layer.A.data.copy_(found["A"])
+        layer.B.data.copy_(found["B"])
         replace_module(model.encoder, path, layer)
     return lora_layers(model.encoder)
 
@@ -443,16 +557,155 @@ def load_masks(folder):
     _, metadata, _ = read_header(path)
     packed, masks = read_safetensors(path), {}
     try:
-        shapes = json.loads(metadata["shapes"])
+        shapes = parse_json(metadata["shapes"])
         if shapes.keys() != packed.keys() or not packed:
             raise ValueError
         for name, (out, r) in shapes.items():
             count = out * r
-            bits = (packed[name][:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
-            whole = packed[name].dtype == torch.uint8 and packed[name].shape == (-(-count // 8),)
-            if not whole or bits[count:].any():
+            whole = type(out) is type(r) is int and out >= 0 and r >= 0 and packed[name].dtype == torch.uint8
+            if not whole or packed[name].shape != (-(-count // 8),):
+                raise ValueError
+            bits = packed[name][:, None] >> torch.arange(8, dtype=torch.uint8)
+            bits = bits.bitwise_and_(1).view(torch.bool).flatten()  # no copy: the bools take 8 times the file already
+            if bits[count:].any():
                 raise ValueError
             masks[name] = bits[:count].view(out, r)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, RecursionError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError):  # a RecursionError too
         raise BadInput(f"{path} holds no masks: shapes and bits do not fit") from None
     return masks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resumable state
+
+
+def previous(path):
+    return path.with_name(path.name + ".previous")
+
+
+def checksum(tensors, info):
+    """SHA-256 of names, types, shapes, contents and `info`, a string."""
+    digest = hashlib.sha256(info.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_state(path, tensors, info):
+    """Write {name: tensor} and `info`, whatever json writes, to `path`, a safetensors file with a checksum.
+
+    What was there becomes path.previous, so that at any moment one of the two is whole.
+    """
+    path, text = Path(path), json.dumps(info)
+    new = path.with_name(f".{path.name}.tmp")
+    write_safetensors(new, tensors, {"info": text, "sha256": checksum(tensors, text)})
+    if path.exists():
+        os.replace(path, previous(path))
+    os.replace(new, path)
+
+
+def read_state(path):
+    """(tensors, info) of one file. Raises BadInput where it is missing or damaged."""
+    _, metadata, _ = read_header(path)
+    tensors, text = read_safetensors(path), metadata.get("info", "")
+    if checksum(tensors, text) != metadata.get("sha256"):
+        raise BadInput(f"{path} is damaged: its checksum is another")
+    return tensors, json.loads(text)
+
+
+def load_state(path):
+    """(tensors, info, complaint) of the last whole state: `path`, or path.previous where that is damaged or missing.
+
+    complaint: what is wrong with `path` if it is there and damaged, else None. Raises BadInput: neither is whole.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            return *read_state(path), None
+        except BadInput as e:
+            complaint = str(e)
+    else:  # a crash between the two steps of save_state
+        complaint = None
+    try:
+        return *read_state(previous(path)), complaint
+    except BadInput as e:
+        raise BadInput(f"{complaint or e}, and there is no whole {previous(path).name} beside it") from None
+
+
+def remove_state(path):
+    for file in (path, previous(path)):
+        file.unlink(missing_ok=True)
+
+
+class Stopped(Exception):
+    """A signal, args[0], has come, and where the run is has been saved."""
+
+
+class Progress:
+    """Where a run is, in OUT/state.safetensors, for --resume.
+
+    A place is one call of `train`, named "METHOD SEED NUMBER". Of the places in the running seed that are behind us it
+    keeps what they trained, so that going through them once more takes no time; of the one we are in all that the next
+    step depends on; and of finished methods their entry for results.json and their timing.
+    """
+
+    def __init__(self, path, facts, every, resume=False, active=True):
+        self.path, self.every, self.active, self.signal = Path(path), every, active, None
+        self.saved_at = time.monotonic()
+        self.tensors, self.info = {}, {"facts": facts, "entries": {}, "places": {}, "log": 0}
+        if not resume:
+            return
+        self.tensors, self.info, complaint = load_state(path)
+        if complaint:
+            print(f"NOTICE: {complaint}; going on from the state before it", flush=True)
+            self.path.unlink()  # or the next save would put it in the place of the whole one
+        for what, old in self.info["facts"].items():
+            if (new := facts[what]) != old:
+                raise BadInput(f"--resume: {what} was {old!r} and is {new!r}; an interrupted run goes on as it began")
+
+    def begin(self, method, seed):
+        """Start, or start again, on a method: its (entry, timing) if it is finished, else None."""
+        self.method, self.number = f"{method} {seed}", 0
+        return self.info["entries"].get(self.method)
+
+    def enter(self):
+        """The next place of this method: ({name: tensor}, steps done, seconds per step), or ({}, 0, 0.0)."""
+        self.place, self.number = f"{self.method} {self.number}", self.number + 1
+        mine = {name.removeprefix(self.place + "/"): x for name, x in self.tensors.items()
+                if name.startswith(self.place + "/")}  # fmt: skip
+        return mine, *self.info["places"].get(self.place, (0, 0.0))
+
+    def due(self):
+        return self.active and (self.signal is not None or time.monotonic() - self.saved_at >= self.every)
+
+    def save(self, tensors, step, seconds, log):
+        """After `step` of the place. Raises Stopped if a signal has come."""
+        self.tensors = {name: x for name, x in self.tensors.items() if not name.startswith(self.place + "/")}
+        self.tensors |= {f"{self.place}/{name}": x.detach().cpu().clone() for name, x in tensors.items()}
+        self.info["places"][self.place] = step + 1, seconds
+        self.write(log)
+        self.stop_if_asked()
+
+    def finish(self, entry, timed, log, needed):
+        """The method is done. needed: its adapters are, for another method of this seed."""
+        self.info["entries"][self.method] = entry, timed
+        if not needed:
+            self.forget(self.method)
+        self.write(log)
+        self.stop_if_asked()
+
+    def forget(self, method):
+        """Drop what the places of "METHOD SEED" trained: nothing will go through them again."""
+        past = method + " "
+        self.tensors = {name: x for name, x in self.tensors.items() if not name.startswith(past)}
+        self.info["places"] = {name: x for name, x in self.info["places"].items() if not name.startswith(past)}
+
+    def write(self, log):
+        if self.active:
+            self.info["log"], self.saved_at = log.tell(), time.monotonic()
+            save_state(self.path, self.tensors, self.info)
+
+    def stop_if_asked(self):
+        if self.signal is not None:
+            raise Stopped(self.signal)

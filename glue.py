@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import BadInput, HubError, atomic_write, looks_like_path
+from checkpoint import BadInput, ask_hub, atomic_write, hub_error, looks_like_path, reason
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics. Each takes predictions (n,) and labels (n,) and computes in float64. Where a denominator is zero (one class,
@@ -207,13 +207,6 @@ def quiet():
         logging.disable(disabled)
 
 
-def reason(error):
-    """What an error began with, in one line."""
-    while error.__cause__:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def split_files(folder):
     """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like."""
     splits = {}
@@ -235,7 +228,10 @@ def read_splits(name, source):
     # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
     import datasets
 
+    trouble = None if folder.is_dir() else ask_hub("dataset", source, "README.md")
+    offline = datasets.config.HF_HUB_OFFLINE
     try:
+        datasets.config.HF_HUB_OFFLINE = offline or trouble is not None  # then the cache is all there is
         with quiet():
             if not folder.is_dir():
                 return datasets.load_dataset(source, name)
@@ -254,8 +250,10 @@ def read_splits(name, source):
         if folder.is_dir():
             raise BadInput(f"task {name!r} in {source} can't be read: {reason(e)}") from None
         if "BuilderConfig" not in str(e):
-            raise HubError(f"dataset {source!r} can't be had from the Hub: {reason(e)}") from None
+            raise trouble or hub_error("dataset", source, e) from None
         tasks = re.findall(r"'(\w+)'", str(e).partition("Available")[2])
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
     raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or 'none'}")
 
 

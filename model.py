@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import BadInput, find_checkpoint, read_json, read_weights
+from checkpoint import BadInput, find_checkpoint, read_json, read_weights, shown
 
 # Our fields <- the keys of config.json, and each layer's parts -> the paths in the checkpoint, family by family.
 
@@ -92,10 +92,11 @@ def read_config(raw, where="config.json"):
     """Config from the dictionary in a `config.json`. Raises BadInput, naming the key and its value."""
     family = raw.get("model_type")
     if family not in list(FAMILIES):  # a list can be asked for anything, an unhashable value too
-        raise BadInput(f"{where}: model_type {family!r} is none of {', '.join(FAMILIES)}")
+        raise BadInput(f"{where}: model_type {shown(family)} is none of {', '.join(FAMILIES)}")
     for key, plain in ("position_embedding_type", "absolute"), ("is_decoder", False):
         if raw.get(key, plain) != plain:
-            raise BadInput(f"{where}: {key} is {raw[key]!r}; only plain encoders with absolute positions can be loaded")
+            value = shown(raw[key])
+            raise BadInput(f"{where}: {key} is {value}; only plain encoders with absolute positions can be loaded")
     keys, values = FAMILIES[family][1], {}
     for field, key in keys.items():
         if key not in raw and key not in OPTIONAL:
@@ -105,13 +106,13 @@ def read_config(raw, where="config.json"):
             value = values["dropout"]
         kinds = (float, int) if kind is float else (kind,)
         low = 0 if kind is float or field in ("pad_id", "segments") else 1
-        high = 1 if kind is float else 1000 if field == "layers" else 10_000_000
+        high = 1 if kind is float else 100 if field == "layers" else 10_000_000
         if type(value) not in kinds or (kind is not str and not low <= value <= high):
-            raise BadInput(f"{where}: {key} is {value!r}")
+            raise BadInput(f"{where}: {key} is {shown(value)}")
         values[field] = value
     c = Config(family, **values)
     if c.activation not in ACTIVATIONS:
-        raise BadInput(f"{where}: {keys['activation']} {c.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        raise BadInput(f"{where}: {keys['activation']} {shown(c.activation)} is none of {', '.join(ACTIVATIONS)}")
     if c.width % c.heads:
         raise BadInput(f"{where}: {keys['heads']} {c.heads} does not divide {keys['width']} {c.width}")
     if c.pad_id >= c.vocabulary:

@@ -18,6 +18,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import signal
 import sys
 import threading
 import time
@@ -38,11 +40,14 @@ import lori
 from checkpoint import (
     BadInput,
     HubError,
+    Progress,
+    Stopped,
     find_checkpoint,
     load_adapter,
     looks_like_path,
     read_header,
     read_json,
+    remove_state,
     save_adapter,
     save_masks,
     write_text,
@@ -77,6 +82,7 @@ METHODS = {  # name -> what it is, for the help text
     "lori-s-merged": "lori-s's adapters merged into one",
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+STATE = "state.safetensors"  # in the out folder
 PER_TASK, PROJECTED = ("single", "lori-d", "lori-s"), ("pcgrad", "ortho", "lori-ortho")
 NEEDS = {"lori-s": "lori-d", "lora-merged": "single", "lori-d-merged": "lori-d", "lori-s-merged": "lori-s"}
 
@@ -137,7 +143,10 @@ class Settings:
                             "auto: stacked on a GPU", choices=["auto", "loop", "stacked"])  # fmt: skip
     compile: bool = setting(False, "torch.compile the encoder: slow at first, then faster on a GPU")
     holdout: int = setting(0, "hold this many training rows of each task out and score on them: to choose settings by")
+    deterministic: bool = setting(False, "ask torch for deterministic kernels: slower on a GPU, the same on a CPU")
     out: str = setting("", "out folder; default: runs/demo, or runs/MODEL-DATE-TIME")
+    resume: bool = setting(False, "go on with the interrupted run in --out, under the same settings")
+    save_every: float = setting(60.0, "seconds between saves of what --resume needs")
     demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
     evaluate: str = setting("", "score a saved adapter folder (or a folder of them) instead of training")
     submit: str = setting("", "with --evaluate: write the leaderboard's files for the test splits into this folder")
@@ -198,7 +207,7 @@ def check(s):
         raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
     for flag, low, high in (("alpha", 0, 1e6), ("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("clip", 0, math.inf),
                             ("warmup", 0, 1), ("dropout", 0, 0.99), ("holdout", 0, 1e9), ("sparse_lr", 0, 1e3),
-                            ("merge_weight", 0, 1e3), ("sparsity", 0, 0.999999)):  # fmt: skip
+                            ("merge_weight", 0, 1e3), ("sparsity", 0, 0.999999), ("save_every", 0, 1e9)):  # fmt: skip
         if not low <= getattr(s, flag) <= high:  # NaN is not
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
     tasks = names(s.tasks, TASKS, "task")
@@ -219,20 +228,35 @@ def check(s):
         raise BadInput(f"--seeds {s.seeds}: give each seed once, and none of 2^63 or more")
     if s.task_weights and len(numbers(s.task_weights, float, "--task-weights")) != len(tasks):
         raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
+    if s.resume and not (s.out or s.demo):
+        raise BadInput("--resume needs --out FOLDER: the folder of the run that was interrupted")
+    if s.resume and (WORLD > 1 or s.evaluate):
+        raise BadInput("--resume continues the training of one process: leave out torchrun, and --evaluate")
     if s.submit and not s.evaluate:
         raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
 
 
-def open_out(folder):
-    """Make the out folder, and take an earlier run's results out of it. Raises BadInput where it can't be written."""
+def open_out(folder, s):
+    """Make the out folder, and take an earlier run's results out of it, or, to resume, what a kill left half-written.
+
+    Raises BadInput where it can't be written, or holds a run that was interrupted, and this is another.
+    """
     out = Path(folder)
     if RANK:
         return out
+    if s.resume and not list(out.glob(STATE + "*")):
+        raise BadInput(f"--resume: no interrupted run in {out}" + ", it is finished" * (out / "results.json").exists())
+    if not s.resume and not s.demo and list(out.glob(STATE + "*")):
+        raise BadInput(f"--out {out} has an interrupted run: go on with it by --resume, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "results.md", "timing.json"):
-            (out / name).unlink(missing_ok=True)
-        (out / "log.jsonl").write_text("")
+        for path in out.rglob(".*.tmp"):
+            path.unlink()
+        if not s.resume:
+            for name in ("results.json", "results.md", "timing.json"):
+                (out / name).unlink(missing_ok=True)
+            remove_state(out / STATE)
+            (out / "log.jsonl").write_text("")
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     return out
@@ -551,8 +575,11 @@ def gradients(model, tasks, parts, ortho, s):
     return losses, ortho.project() if ortho else None
 
 
-def train(method, model, tasks, seed, s, log, bar):
-    """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step)."""
+def train(method, model, tasks, seed, s, log, bar, progress):
+    """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step).
+
+    From the first step, or from the one that `progress` has; if that is beyond the last, this only fills in the model.
+    """
     device, lr = device_of(model), (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
     adapter = [p for p in model.encoder.parameters() if p.requires_grad]
     heads = [p for data in tasks for p in model.heads[data.name].parameters()]
@@ -562,14 +589,54 @@ def train(method, model, tasks, seed, s, log, bar):
     else:
         optimizer = torch.optim.SGD(groups, momentum=0.9)
     ortho = projection(method, model, tasks, seed, s)
-    totals, times = None, []
+    totals, times, trained = None, [], adapter + heads
+    good = torch.tensor(True, device=device)  # no loss or gradient so far was NaN or infinite
+    bad = torch.zeros(1 + len(tasks) + len(trained), device=device)  # if so: the first such step, its losses and norms
+
+    def state():
+        """All that the next step depends on."""
+        tensors = {f"parameter {i}": p for i, p in enumerate(trained)}
+        tensors |= {f"{k} {i}": v for i, p in enumerate(trained) for k, v in optimizer.state[p].items()}
+        tensors |= {f"total {i}": x for i, x in enumerate(totals or ())} | {"dropout": torch.get_rng_state()}
+        if device.type == "cuda":
+            tensors["dropout on the GPU"] = torch.cuda.get_rng_state(device)
+        return tensors | ({"order": ortho.generator.get_state()} if ortho else {})
+
+    def check():
+        """Raise FloatingPointError if a loss or gradient so far was not finite. Waits for the device."""
+        if not sum_over_processes((~good).float()):
+            return
+        at, values, norms = int(bad[0]), bad[1 : 1 + len(tasks)].tolist(), bad[1 + len(tasks) :]
+        found = [f"the loss of {d.name} is {v}" for d, v in zip(tasks, values, strict=True) if not math.isfinite(v)]
+        by_id = {id(p): name for name, p in model.named_parameters()}
+        wrong = [by_id[id(p)] for p, fine in zip(trained, norms.isfinite().tolist(), strict=True) if not fine]
+        if wrong:
+            among = f" (tasks {', '.join(d.name for d in tasks)})" if not found else ""
+            found.append(f"the gradient of {wrong[0]} is not finite{among}")
+        raise FloatingPointError(f"{method}, seed {seed}, step {at}: " + (" and ".join(found) or "in another process"))
+
+    tensors, start, seconds = progress.enter()
+    for i, p in enumerate(trained if tensors else ()):
+        p.data.copy_(tensors[f"parameter {i}"])
+        for name in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+            if (value := tensors.get(f"{name} {i}")) is not None:
+                optimizer.state[p][name] = value if name == "step" else value.to(device)
+    if "total 0" in tensors:
+        totals = [tensors[f"total {i}"].to(device) for i in range(3)]
+    if "dropout" in tensors:
+        torch.set_rng_state(tensors["dropout"])
+    if "dropout on the GPU" in tensors:
+        torch.cuda.set_rng_state(tensors["dropout on the GPU"], device)
+    if "order" in tensors:
+        ortho.generator.set_state(tensors["order"])
+    bar.update(start * len(tasks))
     model.train()
     if not s.encoder_dropout:
         model.encoder.eval()
         for layer in lora.lora_layers(model.encoder).values():
             layer.train()
 
-    for step, parts in zip(range(s.steps), draw(tasks, seed, s, model), strict=False):
+    for step, parts in zip(range(start, s.steps), draw(tasks, seed, s, model, start), strict=False):
         begin = time.perf_counter()
         optimizer.zero_grad()
         losses, conflicts = gradients(model, tasks, parts, ortho, s)
@@ -577,18 +644,18 @@ def train(method, model, tasks, seed, s, log, bar):
         if conflicts:
             seen = [conflicts.conflicts.float(), conflicts.cosines, conflicts.removed]
             totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
-        norm = torch.nn.utils.clip_grad_norm_(adapter + heads, s.clip or math.inf)
+        norms = torch.stack(torch._foreach_norm([p.grad if p.grad is not None else losses[:0] for p in trained]))
+        norm, seen = norms.norm(), torch.cat([losses.new_full((1,), step), losses, norms])
+        first = good & ~seen.isfinite().all()
+        good, bad = good & ~first, torch.where(first, seen, bad)
+        torch.nn.utils.clip_grads_with_norm_(trained, s.clip or math.inf, norm)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, s)
         optimizer.step()
 
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
+            check()
             values = dict(zip([data.name for data in tasks], sum_over_processes(losses).tolist(), strict=True))
-            if ortho:
-                conflicts.check(model, [data.name for data in tasks])
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the loss of {name} is {value}")
             entry = {"method": method, "seed": seed, "step": step, "lr": lr * rate_at(step, s), "loss": values,
                      "grad_norm": norm.item()}  # fmt: skip
             if ortho:
@@ -597,8 +664,14 @@ def train(method, model, tasks, seed, s, log, bar):
         if device.type == "cuda" and step in (0, s.steps - 1):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-
-    seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
+        seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
+        if step == s.steps - 1:
+            check()
+            kept = {name: x for name, x in state().items() if name.startswith(("parameter", "total"))}
+            progress.save(kept, step, seconds, log)
+        elif progress.due():
+            check()
+            progress.save(state(), step, seconds, log)
     names = projected_blocks(model, method, s)[1], [data.name for data in tasks]
     stats = None if totals is None else statistics(totals, *names, s.steps)
     return stats, seconds
@@ -625,8 +698,10 @@ def statistics(totals, block_names, task_names, steps):
     }
 
 
-def run_method(method, encoder, tasks, seed, s, out, log, bar, kept):
+def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, done=None):
     """Train and score one method with one seed: its entry for results.json, and its timing.
+
+    done: these two, if an interrupted run had got so far; then this only fills in what other methods need.
 
     kept: {method: {task: (adapter, head, trained scalars)}} of the per-task methods that this seed has run, for those
     that are made from them; this adds to it.
@@ -652,19 +727,25 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept):
                 masked = lori.MaskedB(model.encoder, masks)
             trained = lori.trained_scalars(model.encoder)
             entry["adapter_parameters"] += trained
-            stats, per_step = train(method, model, group, seed, s, log, bar)
+            stats, per_step = train(method, model, group, seed, s, log, bar, progress)
             seconds += per_step
             if stats:
                 entry["conflicts"] = stats
             if masks:
                 masked.remove()
+        if method in PER_TASK:
+            data = group[0]
+            kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
+        if done:
+            continue
         scorer = merged(model, encoder)
         for data in group:
             entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
             entry["tasks"][data.name] = score(data.name, predict(scorer, data.name, data.test), data.test_labels)
             save(model, data, method, seed, s, out, masks)
-            if method in PER_TASK:
-                kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
+        progress.stop_if_asked()
+    if done:
+        return done
     entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
     return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
 
@@ -692,7 +773,7 @@ def calibrated_masks(model, adapter, s, exclude=None):
     return masks
 
 
-def run_sequence(method, encoder, tasks, seed, s, out, log, bar):
+def run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress):
     """Train one adapter on the tasks one after the other; a head each. Its entry for results.json.
 
     "matrix": row k has the scores of tasks 0 to k after stage k. "forgetting": how far a task's score has fallen, from
@@ -704,10 +785,10 @@ def run_sequence(method, encoder, tasks, seed, s, out, log, bar):
     for stage, data in enumerate(tasks):
         if method == "lori-s":  # the mask from a run of the task's own, from B = 0 on the same A
             probe = build("lori-d", encoder, tasks, seed, s)
-            train("lori-d", probe, [data], seed, s, log, bar)
+            train("lori-d", probe, [data], seed, s, log, bar, progress)
             masks = calibrated_masks(probe, lori.adapter(probe.encoder), s, used if s.disjoint else None)
             masked = lori.MaskedB(model.encoder, masks)  # other entries stay as earlier tasks left them
-        train(method, model, [data], seed, s, log, bar)
+        train(method, model, [data], seed, s, log, bar, progress)
         if method == "lori-s":
             masked.remove()
             overlaps += [lori.overlap(masks, earlier) for earlier in used]
@@ -925,6 +1006,17 @@ def report(results, timing):
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def fingerprints(encoder, tasks):
+    """Checksums of what a run reads, so that it is not resumed with anything else."""
+    found = {"the weights of the model": 0}
+    for p in encoder.parameters():
+        found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
+    for data in tasks:
+        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in data.train + data.test])
+        found[f"the data of {data.name}"] = zlib.crc32(ids.data, zlib.crc32(data.train_labels.data))
+    return found
+
+
 def hardware(device):
     one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{WORLD} × {one}" if WORLD > 1 else one
@@ -932,6 +1024,24 @@ def hardware(device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The jobs
+
+
+@contextlib.contextmanager
+def heeding_signals(progress):
+    """While it lasts, Ctrl-C and SIGTERM let the step end and its state be saved; a second one ends at once."""
+
+    def heed(number, _):
+        progress.signal = number
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, heed)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare(s, device):
@@ -954,6 +1064,9 @@ def prepare(s, device):
 def compare(s):
     """Train every method with every seed, and print the table."""
     device = find_device(s.device)
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.use_deterministic_algorithms(True)
     cuda = device.type == "cuda"
     s.dtype = s.dtype if s.dtype != "auto" else "bf16" if cuda else "fp32"
     s.per_task = s.per_task if s.per_task != "auto" else "stacked" if cuda else "loop"
@@ -961,12 +1074,13 @@ def compare(s):
     methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
     encoder, tasks = prepare(s, device)
     seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
-    out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}", s)
+    s.out = str(out)
     for data in tasks:
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.test)} to score on")
     print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
           f"about {clock(seconds)}", flush=True)  # fmt: skip
-    unshown = ("out", "evaluate", "submit", "demo", "device")
+    unshown = ("out", "evaluate", "submit", "demo", "device", "resume", "save_every")
     shown = {k: v for k, v in dataclasses.asdict(s).items() if k not in unshown}
     results = {
         "settings": shown, "demo": s.demo, "device": device.type, "tasks": [d.name for d in tasks], "seeds": seeds,
@@ -976,20 +1090,36 @@ def compare(s):
     }  # fmt: skip
     timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
               "methods": {m: {} for m in methods}}  # fmt: skip
+    facts = shown | fingerprints(encoder, tasks)
+    progress = Progress(out / STATE, facts, s.save_every, s.resume, active=WORLD == 1)
     begin = time.perf_counter()
     total = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
     often = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0)
-    with open(os.devnull if RANK else out / "log.jsonl", "a", encoding="utf-8") as log, bar:
+    log = open(os.devnull if RANK else out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+    with log, bar, heeding_signals(progress):
+        if s.resume:
+            log.truncate(progress.info["log"])
         for seed in seeds:
             kept = {}
             for method in methods:
-                if s.continual:
-                    results["methods"][method][seed] = run_sequence(method, encoder, tasks, seed, s, out, log, bar)
-                    continue
-                entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar, kept)
+                done = progress.begin(method, seed)
+                derived = [m for m in methods if m in NEEDS and f"{m} {seed}" not in progress.info["entries"]]
+                needed = method in NEEDS.values() and derived and not s.continual
+                if done and not needed:
+                    entry, timed = done
+                    bar.update(passes(method, s) * s.steps * len(tasks))
+                elif s.continual:
+                    entry, timed = run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress), None
+                else:
+                    entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, done)
+                if not done:
+                    progress.finish(entry, timed, log, needed)
                 results["methods"][method][seed] = entry
-                timing["methods"][method][seed] = timed
+                if timed:
+                    timing["methods"][method][seed] = timed
+            for method in methods:
+                progress.forget(f"{method} {seed}")
     timing["seconds"] = time.perf_counter() - begin
     averages = {m: [run["average"] for run in runs.values()] for m, runs in results["methods"].items()}
     results["summary"] = {m: summary(m, averages) for m in methods}
@@ -999,6 +1129,7 @@ def compare(s):
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
     write_text(out / "results.md", text)
+    remove_state(out / STATE)
     print(f"\n{text}\n{out} has results.json, results.md, timing.json, log.jsonl, and adapters in METHOD/seedN/TASK")
 
 
@@ -1074,7 +1205,7 @@ def main(argv=None):
                       "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
         s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
         check(s)
-        s.out = str(open_out(s.out or "runs/demo"))
+        s.out = str(open_out(s.out or "runs/demo", s))
         if RANK == 0:
             make_demo(Path(s.out) / "demo")
         if WORLD > 1:
@@ -1091,6 +1222,11 @@ def main(argv=None):
     except FloatingPointError as e:
         print(f"train.py: {e}; a smaller --lr may help", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        more = ["--resume"] * (not s.resume) + ["--out", s.out] * ("out" not in given)
+        again = shlex.join([*(sys.argv[1:] if argv is None else argv), *more])
+        print(f"\ntrain.py: stopped, and saved; go on with: python train.py {again}", file=sys.stderr)
+        return 128 + stopped.args[0]
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted", file=sys.stderr)
         return 130

@@ -1,31 +1,40 @@
-"""A Hub on the loopback: serves local model folders to `huggingface_hub`, for as long as a `with` block lasts."""
+"""A Hub on the loopback: serves local folders to `huggingface_hub` and `datasets`, for as long as a `with` block lasts.
+
+Only what the two ask for: a file, and of a dataset also its revision and its list of files.
+"""
 
 import contextlib
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0" * 39 + "1"
 
 
 @contextlib.contextmanager
-def serve(repositories, statuses=None, log=None):
-    """Yield the address. repositories: {id: folder}; statuses: {id: (HTTP status, X-Error-Code)} of those that refuse;
-    log: a list that gets (method, path) of every request."""
+def serve(repositories, statuses=None, log=None, breaks=None):
+    """Yield the address. repositories: {id: folder}, a dataset's id with "datasets/" before it; statuses: {id: (HTTP
+    status, X-Error-Code)} of those that refuse; log: a list that gets (method, path) of every request; breaks: {id:
+    bytes} of those where the connection breaks that far into every longer file."""
 
     class Handler(BaseHTTPRequestHandler):
-        def answer(self, status, body=b"", **headers):
+        def answer(self, status, body=b"", end=None, **headers):
             self.send_response(status)
             for name, value in {**headers, "Content-Length": len(body)}.items():
                 self.send_header(name.replace("_", "-"), str(value))
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            if self.command != "HEAD":
+                self.wfile.write(body[:end])
 
-        def do_GET(self):  # /ID/resolve/REVISION/FILE
+        def do_GET(self):  # /ID/resolve/REVISION/FILE or /api/datasets/ID/(revision|tree|paths-info)/REVISION…
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             if log is not None:
                 log.append((self.command, self.path))
-            name, _, rest = self.path.lstrip("/").partition("/resolve/")
+            path = unquote(urlsplit(self.path).path).lstrip("/")
+            call = next((c for c in ("resolve", "revision", "tree", "paths-info") if f"/{c}/" in path), "resolve")
+            name, _, rest = path.removeprefix("api/").partition(f"/{call}/")
             revision, _, file = rest.partition("/")
             if name in (statuses or {}):
                 status, code = statuses[name]
@@ -34,13 +43,22 @@ def serve(repositories, statuses=None, log=None):
                 return self.answer(404, X_Error_Code="RepoNotFound")
             if revision not in ("main", COMMIT):
                 return self.answer(404, X_Error_Code="RevisionNotFound")
-            path = repositories[name] / file
+            root = repositories[name]
+            if call != "resolve":
+                files = [p for p in sorted((root / file).rglob("*")) if call == "tree"]
+                files += [root / p for p in parse_qs(body).get("paths", []) if (root / p).exists()]
+                listed = [{"path": p.relative_to(root).as_posix(), "oid": COMMIT, "size": p.stat().st_size,
+                           "type": "file" if p.is_file() else "directory"} for p in files]  # fmt: skip
+                listed = listed if call != "revision" else {"id": name, "sha": COMMIT, "siblings": []}
+                return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
+            path = root / file
             if not path.is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
             body = path.read_bytes()
-            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+            etag = f'"{hashlib.sha1(body).hexdigest()}"'
+            self.answer(200, body, (breaks or {}).get(name), ETag=etag, X_Repo_Commit=COMMIT)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_):
             pass

@@ -3,9 +3,7 @@
 import copy
 import json
 import os
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from hub import serve
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 
 import checkpoint
@@ -598,75 +595,3 @@ def test_what_looks_like_a_path_never_asks_the_hub(tmp_path, monkeypatch):
     assert [looks_like_path(x) for x in ("roberta-base", "google/bert", "a/b/c", "./a", "~", "..")] == [False] * 2 + [
         True
     ] * 4
-
-
-SCRIPT = """
-import sys, time
-from checkpoint import HubError, find_checkpoint
-from model import load_encoder
-begin = time.perf_counter()
-for name in sys.argv[1:]:
-    name, _, revision = name.partition("@")
-    try:
-        folder = find_checkpoint(name, revision or "main")
-        print(name, "found", load_encoder(folder, quiet=True).config.layers, *sorted(p.name for p in folder.iterdir()))
-    except HubError as e:
-        print(name, "HubError", f"{time.perf_counter() - begin:.1f}", e)
-    begin = time.perf_counter()
-"""
-
-
-def ask(home, names, **env):
-    """find_checkpoint(each) in a process of its own: huggingface_hub reads its settings when it is imported."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    env = {**kept, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(names)  # one line each
-    return lines
-
-
-def test_the_hub_and_its_cache(tmp_path):
-    folders = {name: tmp_path / name for name in ("bert-tiny", "sharded", "pickled", "bare")}
-    model = make(tiny("bert"))
-    for name, folder in folders.items():
-        model.save_pretrained(folder, max_shard_size="9KB" if name == "sharded" else "1GB")
-        (folder / "tokenizer.json").write_text("{}")
-        (folder / "README.md").write_text("not asked for")
-    torch.save(model.state_dict(), folders["pickled"] / "pytorch_model.bin")
-    for name in "pickled", "bare":
-        (folders[name] / "model.safetensors").unlink()
-    (tmp_path / "empty").mkdir()
-    parts = sorted(p.name for p in folders["sharded"].glob("model-*"))
-    assert len(parts) > 3
-    repositories = {"google/sharded" if name == "sharded" else name: folder for name, folder in folders.items()}
-    repositories["empty"] = tmp_path / "empty"
-    refusing = {"gated": (403, "GatedRepo"), "gated-401": (401, "GatedRepo"), "private": (401, "RepoNotFound"),
-                "odd": (418, ""), "no-entry": (403, "")}  # fmt: skip
-    log, home = [], tmp_path / "home"
-    with serve(repositories, refusing, log) as address:
-        names = ["bert-tiny", "google/sharded", "pickled", "bare", "empty", "missing", "bert-tiny@v2", *refusing]
-        lines = ask(home, names, HF_ENDPOINT=address)
-    assert lines[0] == "bert-tiny found 2 config.json model.safetensors tokenizer.json"
-    assert lines[1].split()[2:] == ["2", "config.json", *parts, "model.safetensors.index.json", "tokenizer.json"]
-    assert lines[2] == "pickled found 2 config.json pytorch_model.bin tokenizer.json"
-    expected = ["no model.safetensors", "no config.json", "no model 'missing'", "no revision 'v2'", "is gated",
-                "is gated", "private", "odd", "no-entry"]  # fmt: skip
-    for line, name, words in zip(lines[3:], names[3:], expected, strict=True):
-        said, kind, seconds, message = line.split(maxsplit=3)
-        assert (said, kind) == (name.partition("@")[0], "HubError") and words in message and float(seconds) < 10
-    assert not any("README" in path for _, path in log)
-
-    # The server is gone. What was downloaded is still there, what was not is said at once.
-    asked = len(log)
-    offline = ask(home, ["bert-tiny", "google/sharded", "pickled", "missing"], HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
-    assert offline[:3] == lines[:3] and len(log) == asked
-    assert "HubError" in offline[3] and "cache" in offline[3] and float(offline[3].split()[2]) < 10
-
-
-def test_names_that_are_no_id(monkeypatch):
-    begin = time.perf_counter()
-    for name in "a b", "-x-", "x" * 200, "owner/":
-        assert "neither a folder nor a Hub id" in refused(find_checkpoint, name)
-    assert time.perf_counter() - begin < 10

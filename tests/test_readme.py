@@ -53,7 +53,7 @@ def world(tmp_path):
 
 def test_snippets_run_and_train(world):
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) == 7
+    assert len(snippets) == 8
     for snippet in snippets:
         before = [p.detach().clone() for p in (*world["encoder"].parameters(), *world["heads"].parameters())]
         if "class OrthoTrainer" in snippet:
@@ -79,6 +79,9 @@ def test_links_point_at_what_they_name():
 
 def test_flags_and_files_exist():
     known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Settings)} | {"--help"}
+    known |= {"--nproc-per-node"}  # torchrun's
+    for script in ("experiments/bench.py", "tests/kills.py", "tests/fuzz.py"):
+        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / script).read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
     for line in re.findall(r"^\| `([\w.]+\.py)`", README, re.M):
         assert (ROOT / line).exists()

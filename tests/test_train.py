@@ -38,6 +38,13 @@ def run(demo, tmp_path, capsys):
     return run
 
 
+def no_progress():
+    """What `train` asks for, and writes nothing."""
+    progress = train.Progress("", {}, every=0, active=False)
+    progress.begin("method", 0)
+    return progress
+
+
 ALL = "--tasks sst2,mnli,stsb --methods head,single,joint,pcgrad,ortho --steps 5"
 
 
@@ -164,7 +171,7 @@ def test_mean_is_the_sum_divided(demo):
         s.combine = combine
         with open(os.devnull, "w") as log:
             model = train.build("ortho", encoder, tasks, 0, s)
-            train.train("ortho", model, tasks, 0, s, log, train.tqdm(disable=True))
+            train.train("ortho", model, tasks, 0, s, log, train.tqdm(disable=True), no_progress())
         B[combine] = [layer.B.detach() for layer in lora.lora_layers(model.encoder).values()]
     for a, b in zip(B["sum"], B["mean"], strict=True):
         assert a.abs().max() > 0
@@ -230,6 +237,40 @@ def test_two_processes_are_one(run, demo, tmp_path, size, how):
     for method in methods:
         for task in ("sst2", "mnli", "stsb"):
             assert one[method]["0"]["tasks"][task] == pytest.approx(two[method]["0"]["tasks"][task], abs=0.2)
+
+
+def test_deterministic_is_asked_for_and_changes_nothing_on_a_cpu(run, tmp_path):
+    try:
+        for name, flag in ("plain", ""), ("asked", "--deterministic"):
+            assert run(f"--tasks sst2,stsb --methods ortho,lori-d,lori-s --steps 3 {flag}", out=tmp_path / name)[0] == 0
+            assert torch.are_deterministic_algorithms_enabled() == bool(flag)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    methods = ["ortho", "lori-s"]
+    one, two = adapters(tmp_path / "plain", methods), adapters(tmp_path / "asked", methods)
+    assert all(torch.equal(one[method], two[method]) for method in methods)
+
+
+ODD = ["", " ", "word " * 10_000, "🙂🙃 👩‍👩‍👧‍👦", "שלום עולם مرحبا", "\x00\x07\x1b[31m\u202e\ufeff", "\n\t\r\n",
+       "é" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [[1] * 8, [0, 1] * 4])
+def test_odd_sentences_and_one_class(run, tmp_path, labels):
+    rows = [{"sentence": text, "label": label} for text, label in zip(ODD, labels, strict=True)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "glue/sst2", rows, split)
+    flags = "--tasks sst2 --methods joint,ortho --steps 4 --dtype bf16"
+    assert run(flags, glue=tmp_path / "glue")[0] == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["majority"]["sst2"]["accuracy"] == max(np.mean(labels), 1 - np.mean(labels))
+    assert all(np.isfinite(list(map(float, losses(tmp_path / "out")))))
+
+
+def test_one_example(run, tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "glue/sst2", [{"sentence": "a kind dog", "label": 0}], split)
+    assert run("--tasks sst2 --methods joint,ortho --steps 4", glue=tmp_path / "glue")[0] == 0
 
 
 def test_no_mask_where_nothing_is_padded(demo):
@@ -366,7 +407,7 @@ def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch, tmp_path)
     masked = lori.MaskedB
     monkeypatch.setattr(lori, "MaskedB", lambda model, masks: used.append(masks) or masked(model, masks))
     with open(os.devnull, "w") as log:
-        train.run_sequence("lori-s", encoder, tasks, 0, s, tmp_path, log, train.tqdm(disable=True))
+        train.run_sequence("lori-s", encoder, tasks, 0, s, tmp_path, log, train.tqdm(disable=True), no_progress())
     assert all(torch.equal(load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
                for i, t in enumerate(("sst2", "mnli")) for path in used[i])  # fmt: skip
     for path, mask in used[0].items():

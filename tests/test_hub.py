@@ -1,0 +1,233 @@
+"""Models and data from a Hub in bad weather: one line for each thing that can go wrong, soon, and a good next run.
+
+Each run is a process of its own, since the Hub's libraries read their settings when they are imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub import serve
+from test_glue import rows_of, write
+from tiny import make, tiny
+
+import glue
+from checkpoint import BadInput, find_checkpoint
+
+ROOT = Path(glue.__file__).parent
+
+# Its waits between attempts don't pass, they are added up.
+ASK = """
+import json, sys, time
+from checkpoint import BadInput, find_checkpoint
+from glue import read_splits
+from model import load_encoder
+
+waits = []
+time.sleep = waits.append
+for name in sys.argv[1:]:
+    try:
+        if name.startswith("datasets/"):
+            got = {split: len(rows) for split, rows in read_splits("rte", name.removeprefix("datasets/")).items()}
+        else:
+            folder = find_checkpoint(*name.split("@"))
+            got = [load_encoder(folder, quiet=True).config.layers, *sorted(p.name for p in folder.iterdir())]
+        print(json.dumps([name, ["found", got, sum(waits)]]))
+    except BadInput as e:
+        print(json.dumps([name, [type(e).__name__, str(e), sum(waits)]]))
+    waits.clear()
+"""
+
+
+def environment(home, **others):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    return kept | {"PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+                   "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | others  # fmt: skip
+
+
+def ask(home, names, **others):
+    """{name: ("found" or the error's class, what was found or the error's text, seconds it waited to try again)}."""
+    command = [sys.executable, "-c", ASK, *names]
+    done = subprocess.run(command, env=environment(home, **others), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+# What the Hub answers: HTTP status, X-Error-Code, and the words that must then be in the message.
+REFUSALS = {
+    "gated": (403, "GatedRepo", "is gated: ask for access on its page and set HF_TOKEN"),
+    "anonymous": (401, "GatedRepo", "is gated: ask for access on its page and set HF_TOKEN"),
+    "private": (401, "RepoNotFound", "on the Hub, or it is private (then set HF_TOKEN)"),
+    "missing": (404, "RepoNotFound", "on the Hub, or it is private (then set HF_TOKEN)"),
+    "forbidden": (403, "", "403 Forbidden' for url 'http://127.0.0.1"),
+    "busy": (429, "", "429 Too Many Requests' for url 'http://127.0.0.1"),
+    "down": (503, "", "503 Service Unavailable' for url 'http://127.0.0.1"),
+    "odd": (418, "", "418 I'm a Teapot' for url 'http://127.0.0.1"),
+}
+ADVICE = {"forbidden": "check HF_TOKEN", "busy": "wait some minutes", "down": "try again", "odd": "try again"}
+KINDS = {"model": "o/", "dataset": "datasets/o/"}
+GOOD = ["bert-tiny", "o/sharded", "o/pickled", "datasets/o/good"]
+PARTS = ["o/partial", "o/shardless", "datasets/o/partial"]  # downloaded, then damaged in the cache
+FOUND = {"train": 600, "validation": 2}
+
+
+@pytest.fixture(scope="module")
+def weather(tmp_path_factory):
+    """Four runs with one cache: {"bad", "gone", "offline", "good": ask's answers, "log": requests of the first and
+    the third, "parts": the shards' names}."""
+    work = tmp_path_factory.mktemp("hub")
+    folders = {name: work / name for name in ("whole", "sharded", "pickled", "weightless")}
+    model = make(tiny("bert"))
+    for name, folder in folders.items():
+        model.save_pretrained(folder, max_shard_size="9KB" if name == "sharded" else "1GB")
+        (folder / "tokenizer.json").write_text("{}")
+        (folder / "README.md").write_text("not asked for")
+    torch.save(model.state_dict(), folders["pickled"] / "pytorch_model.bin")
+    for name in "pickled", "weightless":
+        (folders[name] / "model.safetensors").unlink()
+    (work / "empty").mkdir()
+    parts = sorted(p.name for p in folders["sharded"].glob("model-*"))
+    assert len(parts) > 3
+    data = write(work / "data", "rte", "train", rows_of("rte", [0, 1] * 300))
+    write(data, "rte", "validation", rows_of("rte", [0, 1]), readme=True)
+
+    others = ["o/weightless", "o/empty", "bert-tiny@v2"]
+    refused = [prefix + name for prefix in KINDS.values() for name in [*REFUSALS, "torn"]]
+    never = [prefix + "never" for prefix in KINDS.values()]
+    repositories = {n: data if n.startswith("datasets/") else folders["whole"] for n in [*GOOD, *PARTS, *refused]}
+    repositories |= {f"o/{name}": folders[name] for name in ("sharded", "pickled", "weightless")}
+    repositories |= {"o/shardless": folders["sharded"], "o/empty": work / "empty"}
+    statuses = {prefix + name: row[:2] for prefix in KINDS.values() for name, row in REFUSALS.items()}
+    breaks = {prefix + "torn": 2000 for prefix in KINDS.values()}
+    answers, log, home = {"parts": parts}, [], work / "home"
+    with serve(repositories, statuses, log, breaks) as address:
+        answers["bad"] = ask(home, [*GOOD, *PARTS, *others, *refused], HF_ENDPOINT=address)
+        answers["log"] = log[:]
+
+    for name, file in (("partial", "model.safetensors"), ("shardless", parts[1])):  # as if killed amid a download
+        (pointer,) = (home / f"hub/models--o--{name}/snapshots").glob(f"*/{file}")
+        blob = pointer.resolve()
+        pointer.unlink()
+        blob.with_name(blob.name + ".0a1b2c3d.incomplete").write_bytes(blob.read_bytes()[:2000])
+        blob.unlink()
+    (folder,) = (path for path in (home / "datasets/o___partial/rte").glob("*/*") if path.is_dir())
+    (folder / "dataset_info.json").unlink()
+    folder.rename(f"{folder}.incomplete")
+    answers["gone"] = ask(home, [*GOOD, *never], HF_ENDPOINT=address)
+    with serve(repositories, log=log) as address:
+        answers["offline"] = ask(home, [*GOOD, *PARTS, *never], HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+        answers["requests offline"] = len(log) - len(answers["log"])
+        answers["good"] = ask(home, [*GOOD, *PARTS, *refused], HF_ENDPOINT=address)
+    return answers
+
+
+def one_line(answer, kind, name, seconds=0):
+    """What the user read, having waited no longer than that."""
+    error, text, waited = answer
+    assert error == "HubError" and f"{kind} {name!r}" in text and "\n" not in text and waited <= seconds
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_hub_that_refuses(weather, kind, name):
+    id = "o/" + name
+    text = one_line(weather["bad"][KINDS[kind] + name], kind, id)
+    assert REFUSALS[name][2] in text and ADVICE.get(name, "HF_TOKEN") in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connection_that_breaks_amid_a_file(weather, kind):
+    text = one_line(weather["bad"][KINDS[kind] + "torn"], kind, "o/torn", seconds=5)  # five more attempts, one a second
+    assert "received 2000 bytes" in text and "try again later" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hub_that_is_not_reached(weather, kind):
+    text = one_line(weather["gone"][KINDS[kind] + "never"], kind, "o/never")
+    assert "refused (http://127.0.0.1:" in text and "or give a local folder" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offline_with_nothing_in_the_cache(weather, kind):
+    text = one_line(weather["offline"][KINDS[kind] + "never"], kind, "o/never")
+    assert "HF_HUB_OFFLINE" in text and "cache" in text and "or give a local folder" in text
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_offline_with_a_part_in_the_cache(weather, name):
+    kind = "dataset" if name.startswith("datasets/") else "model"
+    text = one_line(weather["offline"][name], kind, name.removeprefix("datasets/"))
+    assert "HF_HUB_OFFLINE" in text and "cache" in text and "or give a local folder" in text
+
+
+@pytest.mark.parametrize("run", ["bad", "gone", "offline"])
+def test_what_is_in_the_cache_is_found_in_any_weather(weather, run):
+    answers = weather[run]
+    assert answers["bert-tiny"] == ["found", [2, "config.json", "model.safetensors", "tokenizer.json"], 0]
+    shards = [2, "config.json", *weather["parts"], "model.safetensors.index.json", "tokenizer.json"]
+    assert answers["o/sharded"] == ["found", shards, 0]
+    assert answers["o/pickled"] == ["found", [2, "config.json", "pytorch_model.bin", "tokenizer.json"], 0]
+    assert answers["datasets/o/good"] == ["found", FOUND, 0]
+
+
+def test_offline_asks_nobody(weather):
+    assert weather["requests offline"] == 0
+    assert not any("README" in path for _, path in weather["log"] if "/datasets/" not in path)
+
+
+def test_the_next_run_with_a_good_hub_finds_everything(weather):
+    assert len(weather["good"]) == len(GOOD) + len(PARTS) + 2 * len(REFUSALS) + 2
+    for name, (kind, got, waited) in weather["good"].items():
+        assert (kind, waited) == ("found", 0), (name, got)
+        assert got == FOUND if name.startswith("datasets/") else got[0] == 2
+
+
+def test_repositories_that_lack_something(weather):
+    assert one_line(weather["bad"]["o/weightless"], "model", "o/weightless").endswith(
+        "has no model.safetensors and no pytorch_model.bin")  # fmt: skip
+    assert one_line(weather["bad"]["o/empty"], "model", "o/empty").endswith("has no config.json")
+    assert one_line(weather["bad"]["bert-tiny@v2"], "model", "bert-tiny").startswith(
+        "model 'bert-tiny' has no revision 'v2'")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a b", "-x-", "x" * 200, "owner/"])
+def test_names_that_are_no_id(name):
+    begin = time.perf_counter()
+    for refuse in (find_checkpoint, lambda name: glue.read_splits("rte", name)):
+        with pytest.raises(BadInput, match="neither a folder nor a Hub id"):
+            refuse(name)
+    assert time.perf_counter() - begin < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local folders
+
+SEALED = """
+import os, sys, traceback
+
+def seal(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
+        print("network:", event, arguments, *traceback.format_stack(), file=sys.stderr, flush=True)
+        os._exit(77)
+
+sys.addaudithook(seal)  # of Python's sockets none gets by
+import train
+out = sys.argv[sys.argv.index("--out") + 1]
+assert not train.main(sys.argv[1:])
+assert not train.main(["--evaluate", out + "/joint/seed0"])
+"""
+
+
+def test_a_run_from_local_folders_makes_no_network_call(demo, tmp_path):
+    flags = ["--model", demo / "model", "--glue", demo / "glue", "--out", tmp_path / "out", "--tasks", "sst2"]
+    flags += ["--methods", "joint", "--steps", "2", "--max-length", "32", "--batch-size", "4"]
+    command = [sys.executable, "-c", SEALED, *map(str, flags)]
+    done = subprocess.run(command, env=environment(tmp_path / "home"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "network:" not in done.stderr, done.stderr
+    assert (tmp_path / "out/results.json").exists() and "| sst2" in done.stdout
