@@ -11,6 +11,7 @@ This file needs torch alone and is meant to be pasted. It reads in three steps: 
 """
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,11 @@ def projection_coefficients(gram, order):
     C = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     dots = gram.clone()  # (blocks, T, T): <v_i, g_j> = (C gram)_ij, kept up to date with C
     sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_j|^2
+    sizes = torch.where(sizes > 0, sizes, torch.inf)  # so that a zero g_j takes nothing
     for j in order.unbind(1):  # j: (T,), the task that each i meets now
-        here = j.expand(gram.shape[0], -1)  # (blocks, T)
-        dot, size = dots.gather(2, here[..., None]).squeeze(2), sizes.gather(1, here)
-        c = torch.where((dot < 0) & (size > 0), dot / size, 0.0)[..., None]  # NaN < 0 is false: see OrthoLoRA
-        C.scatter_add_(2, here[..., None], -c)
+        here = j.expand(gram.shape[0], -1)[..., None]  # (blocks, T, 1)
+        c = (dots.gather(2, here) / sizes[:, j, None]).clamp(max=0)  # (blocks, T, 1): <v_i, g_j> / |g_j|^2 if negative
+        C.scatter_add_(2, here, -c)
         dots.addcmul_(c, gram.index_select(1, j), value=-1)
     return C
 
@@ -66,7 +67,8 @@ def combine(grads, weights, out=None):
 @contextlib.contextmanager
 def full_float32(device):
     """Products of float32 in float32: no autocast, no TF32 or bf16 shortcut (whose switches are process-wide)."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    device = torch.device(device).type
+    backends = [torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [b for b in backends if hasattr(b, "fp32_precision")]  # torch >= 2.9; before, one switch for all
     before = [b.fp32_precision for b in backends] or torch.get_float32_matmul_precision()
     for b in backends:
@@ -74,7 +76,7 @@ def full_float32(device):
     if not backends:
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(torch.device(device).type, enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         for b, value in zip(backends, before, strict=False):
@@ -150,13 +152,14 @@ class OrthoLoRA:
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
 
         # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
-        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, and by_size is [(1, 2), (2, 6)].
+        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, and by_size is [(1, 2), (2, 6)]. Of these, blocks
+        # of one shape come together, so that their parameters are one view, too.
         sizes = [sum(p.numel() for p in block) for block in self.blocks]
-        order = sorted(range(len(sizes)), key=lambda b: sizes[b])  # the buffer's; stable
+        order = sorted(range(len(sizes)), key=lambda b: (sizes[b], [p.shape for p in self.blocks[b]]))  # the buffer's
         self.by_size = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in order)]
         self.callers_order = torch.tensor(order, device=parameters[0].device).argsort()
         self.parameters = [p for b in order for p in self.blocks[b]]
-        self.sizes, self.shapes = [p.numel() for p in self.parameters], [p.shape for p in self.parameters]
+        self.runs = [(len(list(run)), shape) for shape, run in itertools.groupby(p.shape for p in self.parameters)]
         dtype = torch.float32
         for p in parameters:
             dtype = torch.promote_types(dtype, p.dtype)
@@ -167,7 +170,9 @@ class OrthoLoRA:
 
     def _per_parameter(self, row):
         """A vector (P,) as one view per parameter."""
-        return [part.view(shape) for part, shape in zip(row.split(self.sizes), self.shapes, strict=True)]
+        parts = row.split([count * shape.numel() for count, shape in self.runs])
+        views = [part.view(count, *shape).unbind() for part, (count, shape) in zip(parts, self.runs, strict=True)]
+        return list(itertools.chain(*views))
 
     def _stacked(self):
         """The rows (T, P) as one view (k, T, n) for each size of block."""
