@@ -17,6 +17,7 @@ import importlib.util
 import itertools
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import glue  # noqa: E402
 import train  # noqa: E402
-from model import load_encoder  # noqa: E402
+from model import Config, Encoder, load_encoder  # noqa: E402
 from ortholora import OrthoLoRA  # noqa: E402
 
 ROBERTA_BASE = [(8, 768), (768, 8)] * 24  # A and B of query and value in 12 layers
@@ -43,23 +44,27 @@ ROBERTA_BASE = [(8, 768), (768, 8)] * 24  # A and B of query and value in 12 lay
 # Timing
 
 
+clock = time.perf_counter  # or, by --clock cpu, time.process_time
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def take_turns(modes, rounds, device, warmup=2):
-    """{name: (prepare or None, run)} -> {name: median seconds of run()}, in rounds of every mode once."""
-    times = {name: [] for name in modes}
+    """{name: (prepare or None, run)} -> {name: median seconds of run()}, in rounds of every mode once, shuffled."""
+    times, order = {name: [] for name in modes}, random.Random(0)
     for _ in range(warmup + rounds):
-        for name, (prepare, run) in modes.items():
+        for name in order.sample(list(modes), len(modes)):
+            prepare, run = modes[name]
             if prepare:
                 prepare()
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: statistics.median(seconds[warmup:]) for name, seconds in times.items()}
 
 
@@ -98,7 +103,7 @@ def projection_modes(T, device, with_torchjd):
 
     def collect():
         for t in range(T):
-            for p, grad in zip(parameters, ortho._per_parameter(rows[t]), strict=True):
+            for p, grad in zip(ortho.parameters, ortho._per_parameter(rows[t]), strict=True):
                 p.grad = grad
             ortho.collect(t)
 
@@ -124,15 +129,24 @@ def bench_project(args, device):
         extra = peak_of(ortho.project, device, prepare=modes["project"][0])
         ms = {name: 1e3 * seconds for name, seconds in times.items()}
         results.append({"tasks": T, "milliseconds": ms, "extra_bytes": extra, "rows_bytes": ortho.rows.nbytes})
-        theirs = ms.get("torchjd", float("nan"))
-        ratios = [f"{ms['project'] / ms['gram']:.1f}", f"{theirs / ms['project']:.1f}", f"{extra / 2**20:.1f}"]
         own = [f"{ms[name]:.2f} ms" for name in ("collect", "project", "gram")]
-        rows.append([str(T), *own, f"{theirs:.1f} ms", *ratios])
+        theirs = [f"{ms['torchjd']:.1f} ms", f"{ms['torchjd'] / ms['project']:.1f}"] if "torchjd" in ms else ["—", "—"]
+        rows.append([str(T), *own, theirs[0], f"{ms['project'] / ms['gram']:.1f}", theirs[1], f"{extra / 2**20:.1f}"])
         print(" ".join(rows[-1]), flush=True)
     notes = ["48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
              "batched product of every block with itself. MiB: what project() allocates beside the rows."]  # fmt: skip
+    if args.step:
+        config = Config("roberta", 50265, 768, 12, 12, 3072, 514, "gelu", 0.1, 0.1, 0.1, 1, 1, 1e-5)
+        encoder = Encoder(config).to(device)
+        one_task = Step("joint", "loop", argparse.Namespace(**{**vars(args), "tasks": 1}), device, encoder)
+        seconds = take_turns({"": (None, one_task)}, 3, device, warmup=1)[""]
+        shares = [f"{100 * r['milliseconds']['project'] / (1e3 * seconds * r['tasks']):.2f} % at T = {r['tasks']}"
+                  for r in results]  # fmt: skip
+        notes.append(f"A RoBERTa-base step takes {seconds:.2f} s per task ({args.batch_size} sequences of "
+                     f"{args.length} tokens, {args.dtype}): project() is {', '.join(shares)} of it.")  # fmt: skip
+        results.append({"step_seconds_per_task": seconds})
     if len(counts) > 3:
-        many = [r for r in results if r["tasks"] >= 8]
+        many = [r for r in results if r.get("tasks", 0) >= 8]
         grown = np.log([[r["milliseconds"]["project"], r["extra_bytes"]] for r in many])
         time_, memory = np.polyfit(np.log([r["tasks"] for r in many]), grown, 1)[0]
         notes.append(f"From {many[0]['tasks']} to {many[-1]['tasks']} tasks project() takes time as T^{time_:.2f}, "
@@ -216,7 +230,7 @@ def bench_step(args, device):
     folder = train.find_checkpoint(args.model)
     encoder = load_encoder(folder, quiet=True).to(device)
     steps = {name: Step(method, how, args, device, encoder) for name, (method, how) in MODES.items()}
-    if installed("transformers", "peft") and encoder.config.family != "distilbert":
+    if not args.no_peers and installed("transformers", "peft") and encoder.config.family != "distilbert":
         for attention in ("sdpa", "eager"):
             for precision in ("autocast", "bf16 weights") if args.dtype == "bf16" else ("float32",):
                 name = f"transformers + peft, joint, {attention}, {precision}"
@@ -331,10 +345,10 @@ def bench_padding(args, device):
     counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     for turn in range(1 + max(2, args.rounds // 4)):  # sums, not medians: the batches differ
         for window in streams:
-            begin = time.perf_counter()
+            begin = clock()
             ten_steps(window)
             synchronize(device)
-            seconds[window] += time.perf_counter() - begin
+            seconds[window] += clock() - begin
         if turn == 0:
             counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     rate = {window: counted[window] / seconds[window] for window in streams}
@@ -357,6 +371,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["project", "step", "memory", "padding"])
     parser.add_argument("--num-tasks", default="4,8,64", help="project: numbers of tasks [%(default)s]")
+    parser.add_argument("--step", action="store_true", help="project: as a share of a RoBERTa-base step, too")
     parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: time torchjd up to so many tasks")
     parser.add_argument("--model", default="roberta-base", help="checkpoint folder or Hub id [%(default)s]")
     parser.add_argument("--glue", default="nyu-mll/glue", help="padding: GLUE folder or Hub id [%(default)s]")
@@ -365,21 +380,29 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per task [%(default)s]")
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence, at most [%(default)s]")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the encoder [%(default)s]")
+    parser.add_argument("--no-peers", action="store_true", help="step: leave transformers and peft out")
     parser.add_argument("--compile", action="store_true", help="torch.compile, in every mode")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"],
+                        help="cpu: of the process, which a busy host does not stretch; with one thread")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds [%(default)s]")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder for the results")
     parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
     args = parser.parse_args()
     device = train.find_device(args.device)
+    if args.clock == "cpu":
+        if torch.get_num_threads() > 1 or device.type != "cpu":
+            parser.error("--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1, and --device cpu")
+        global clock
+        clock = time.process_time
     if args.mode:
         print(peak_of_step(args, device))
         return
     rows, results, notes = globals()[f"bench_{args.what}"](args, device)
-    about = machine(device)
+    about = machine(device) | {"clock": args.clock}
     command = " ".join(["python experiments/bench.py", *sys.argv[1:]])
-    text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`, {args.rounds} rounds, on {about['hardware']} "
-                        f"({about['processor']}), torch {about['torch']}."])  # fmt: skip
+    where = f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}"
+    text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
     print(f"\n{text}")
     name = f"bench-{args.what}" + (f"-{args.dtype}" if args.what == "step" else "") + f"-{device.type}"
     out = Path(args.out)
