@@ -489,7 +489,7 @@ def load_adapter(model, folder, task=None):
         rank_of = patterns(config, "rank_pattern", config.get("r", 8))
         alpha_of = patterns(config, "alpha_pattern", config.get("lora_alpha", 8))
     except (TypeError, ValueError, OverflowError, AttributeError, RecursionError, re.error):
-        raise BadInput(f"{where}: its rank_pattern or alpha_pattern can't be read") from None
+        raise BadInput(f"{where}: the patterns in rank_pattern and alpha_pattern can't be read") from None
     for path, found in factors.items():
         base, name = modules[path], prefix + path
         rank, alpha = rank_of(name), alpha_of(name)
@@ -661,7 +661,7 @@ class Progress:
             print(f"NOTICE: {complaint}; going on from the state before it", flush=True)
             self.path.unlink()  # or the next save would put it in the place of the whole one
         for what, old in self.info["facts"].items():
-            if (new := facts[what]) != old:
+            if (new := facts.get(what)) != old:
                 raise BadInput(f"--resume: {what} was {old!r} and is {new!r}; an interrupted run goes on as it began")
 
     def begin(self, method, seed):

@@ -338,6 +338,10 @@ def encode(tokenizer, texts, max_length):
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     try:
         encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    except BaseException as e:  # what tokenizers' Rust code raises where it panics is no Exception
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise BadInput(f"the tokenizer can't be used, tokenizer.json may be damaged: {reason(e)}") from None
     finally:
         tokenizer.no_truncation()
     return [(encoding.ids, encoding.type_ids) for encoding in encodings]

@@ -160,7 +160,8 @@ def per_task(model, sizes):
         grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
     Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
-    cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`.
+    cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
+    for a factor that is in none of its blocks, factor.grad = view.grad.sum(0) is left to the caller.
     The first dimension of what a layer is given must be the stacked one, of sum(sizes).
     """
     layers, grads = lora_layers(model).values(), {}

@@ -316,5 +316,5 @@ def load_encoder(path_or_id, revision="main", quiet=False):
               + (", …" if len(extra) > 10 else ""))  # fmt: skip
     if config.family == "bert" and not encoder.has_pooler and not quiet:
         print(f"{path_or_id}: no pooler in the checkpoint; every task trains its own")
-    encoder.load_state_dict({name: tensors[name].float() for name in expected}, assign=True)
+    encoder.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)
     return encoder.eval()

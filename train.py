@@ -250,7 +250,7 @@ def open_out(folder, s):
         raise BadInput(f"--out {out} has an interrupted run: go on with it by --resume, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in out.rglob(".*.tmp"):
+        for path in [*out.glob(".*.tmp"), *out.glob("*/seed*/*/.*.tmp")]:
             path.unlink()
         if not s.resume:
             for name in ("results.json", "results.md", "timing.json"):
@@ -510,7 +510,10 @@ def join_processes(s):
     if WORLD > 1 and s.evaluate:
         raise BadInput("--evaluate runs in one process: start it without torchrun")
     if WORLD > 1:
-        dist.init_process_group("nccl" if find_device(s.device).type == "cuda" else "gloo")
+        device = find_device(s.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
 
@@ -563,6 +566,9 @@ def gradients(model, tasks, parts, ortho, s):
         places = [tasks.index(data) for data in batch.tasks]
         if stacked:
             ortho.collect_stacked(grads)
+            for p, own in grads.items():
+                if own.grad is not None:  # a factor in no block: its gradients just add up
+                    p.grad = own.grad.sum(0)
         elif ortho:
             ortho.collect(places[0])  # .grad of A and B moves to the task's row; the head keeps its own
         for place, loss in zip(places, found, strict=True):
@@ -664,10 +670,10 @@ def train(method, model, tasks, seed, s, log, bar, progress):
         if device.type == "cuda" and step in (0, s.steps - 1):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-        seconds = float(np.median(times)) if device.type == "cpu" else sum(times[1:]) / max(1, len(times) - 1)
+        seconds = float(np.median(times)) if device.type == "cpu" else float(np.mean(times[1:] or times))
         if step == s.steps - 1:
             check()
-            kept = {name: x for name, x in state().items() if name.startswith(("parameter", "total"))}
+            kept = {name: x for name, x in state().items() if name.startswith(("parameter", "total", "dropout"))}
             progress.save(kept, step, seconds, log)
         elif progress.due():
             check()
@@ -1012,8 +1018,9 @@ def fingerprints(encoder, tasks):
     for p in encoder.parameters():
         found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
     for data in tasks:
-        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in data.train + data.test])
-        found[f"the data of {data.name}"] = zlib.crc32(ids.data, zlib.crc32(data.train_labels.data))
+        rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.test])
+        labels = np.concatenate([data.train_labels, data.test_labels])
+        found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
     return found
 
 
@@ -1035,6 +1042,7 @@ def heeding_signals(progress):
         signal.signal(number, before[number])
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
             signal.signal(number, heed)
@@ -1090,16 +1098,17 @@ def compare(s):
     }  # fmt: skip
     timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
               "methods": {m: {} for m in methods}}  # fmt: skip
-    facts = shown | fingerprints(encoder, tasks)
+    facts = shown | {"device": device.type, "torch": torch.__version__} | fingerprints(encoder, tasks)
     progress = Progress(out / STATE, facts, s.save_every, s.resume, active=WORLD == 1)
     begin = time.perf_counter()
     total = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
     often = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0)
     log = open(os.devnull if RANK else out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    with log, bar, heeding_signals(progress):
+    with log, bar, heeding_signals(progress) if progress.active else contextlib.nullcontext():
         if s.resume:
             log.truncate(progress.info["log"])
+            log.seek(0, os.SEEK_END)
         for seed in seeds:
             kept = {}
             for method in methods:

@@ -8,7 +8,7 @@
 
 Every table is one run: the modes take turns, round after round, and what is compared are their medians. Times of two
 runs, or of two machines, are not comparable. Peers (torchjd; transformers with peft) are timed where installed.
-What is printed is also written to experiments/results/bench-WHAT-DEVICE.json and .md; --out FOLDER puts it elsewhere.
+What is printed is also written to experiments/results/bench-WHAT-….json and .md; --out FOLDER puts it elsewhere.
 """
 
 import argparse

@@ -79,18 +79,23 @@ def main(argv=None):
         make = "import sys, toy; toy.make_demo(sys.argv[1], steps=20, rows=64, quiet=True)"
         subprocess.run([sys.executable, "-c", make, str(folder / "demo")], cwd=ROOT, check=True)
         flags = ["--model", str(folder / "demo/model"), "--glue", str(folder / "demo/glue"), *FLAGS]
-        begin = time.monotonic()
-        if os.waitpid(start(flags, folder / "whole"), 0)[1]:
+        child, begin, done = start(flags, folder / "whole"), None, 0
+        while not done:
+            done, status = os.waitpid(child, os.WNOHANG)
+            begin = time.monotonic() if begin is None and phase[0] else begin
+            time.sleep(0.001)
+        if status:
             sys.exit((folder / "whole.txt").read_text())
-        whole, seconds = kept(folder / "whole"), time.monotonic() - begin
+        whole, seconds = kept(folder / "whole"), time.monotonic() - begin  # from its first step to its end
         for number in range(args.count):
             out, status, attempts = folder / f"run{number}", None, 0
             while status != 0:
                 resumed = ["--resume"] if list(out.glob(train.STATE + "*")) else []
                 child = start([*flags, *resumed], out)
-                end, done = time.monotonic() + moments.uniform(0, seconds), 0
-                while not done and (attempts >= args.kills or time.monotonic() < end):
+                end, done = None, 0
+                while not done and (attempts >= args.kills or end is None or time.monotonic() < end):
                     done, status = os.waitpid(child, os.WNOHANG)
+                    end = time.monotonic() + moments.uniform(0, seconds) if end is None and phase[0] else end
                     time.sleep(0.001)
                 if not done:
                     os.kill(child, signal.SIGKILL)

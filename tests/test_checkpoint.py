@@ -501,7 +501,7 @@ BAD_CONFIG = [
     ({"bias": "all"}, "'all'"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
     ({"init_lora_weights": "pissa"}, "'pissa'"), ({"init_lora_weights": ["x"]}, "init_lora_weights"),
     ({"r": 3}, "(4, 24)"), ({"r": 0}, "r=0"), ({"r": 2.5}, "r=2.5"), ({"r": "4"}, "r='4'"),
-    ({"r": None}, "r, lora_alpha"),
+    ({"r": None}, "r=None"),
     ({"r": 10**400}, "lora_A"), ({"lora_alpha": float("nan")}, "nan"), ({"lora_alpha": "8"}, "lora_alpha"),
     ({"lora_alpha": 10**400}, "lora_alpha=1000"), ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
     ({"lora_dropout": []}, "lora_dropout"), ({"rank_pattern": ["query"]}, "patterns"),

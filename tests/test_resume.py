@@ -71,7 +71,7 @@ def crash_at(monkeypatch, nth, where=(checkpoint, "save_state"), before=False):
 
 @pytest.mark.parametrize("flags", [
     FLAGS, f"{FLAGS} --dropout 0.2 --optimizer sgd --seeds 0,1 --methods single,ortho", f"{FLAGS} --per-task stacked",
-    FLAGS.replace(f"--methods {METHODS}", "--continual --disjoint"),
+    FLAGS.replace(f"--methods {METHODS}", "--continual --disjoint --dropout 0.2"),
 ])  # fmt: skip
 def test_a_crash_after_any_save_changes_nothing(run, tmp_path, flags):
     assert run(tmp_path / "whole", flags)[0] == 0
