@@ -339,7 +339,7 @@ class Fuzz:
             if wrong := self.case(number, keep=len(numbers) == 1):
                 return number, wrong
             if report and done % report == 0:
-                print(f"{done} of {len(numbers)}, {done / (time.time() - begin):.0f} a second", flush=True)
+                print(f"{number + 1}, {done / (time.time() - begin):.0f} a second", flush=True)
         return None
 
     def __str__(self):
@@ -364,7 +364,7 @@ def child(args, folder, current):
         current[:8] = number.to_bytes(8, "little")
         signal.setitimer(signal.ITIMER_VIRTUAL, 4 * SECONDS)  # processor time; then SIGVTALRM ends the process
 
-    numbers = range(args.count) if args.only is None else [args.only]
+    numbers = range(args.first, args.count) if args.only is None else [args.only]
     failed = fuzz.run(numbers, now, report=max(1, args.count // 20))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(f"\n{fuzz}\nthe process grew by {grown:.0f} MiB at most")
@@ -376,6 +376,7 @@ def child(args, folder, current):
 def main():
     parser = argparse.ArgumentParser(description="Mutated files: a clean BadInput or a correct load, every time.")
     parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--first", type=int, default=0, help="the first case; those before are left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="one case; its files are kept")
     args = parser.parse_args()

@@ -123,7 +123,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(run, demo, tmp_path,
     out, log = tmp_path / "out", tmp_path / "out/log.jsonl"
     files = ["--model", demo / "model", "--glue", demo / "glue", "--out", out, "--steps", "200"]
     command = [str(part) for part in [sys.executable, ROOT / "train.py", *files, *flags.split()]]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job of a script ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
