@@ -4,7 +4,7 @@
     python experiments/reproduce.py main --model … --glue … --full                     at full size: wants a GPU
     python experiments/reproduce.py --list                                             what there is
 
-Each row of an experiment first has its learning rate chosen, on training rows held out from training; then it is run
+Each row of an experiment first has its learning rate chosen, by half as many steps and on training rows held out; then it is run
 with every seed and scored on the official validation split. Runs go to --out, one folder for each; those that are
 finished are not run again, and one that was interrupted goes on, so the same command continues. --jobs N runs N at a
 time, for as many CPU cores. `report.py` turns the gathered numbers into tables and figures.
@@ -40,7 +40,7 @@ class Experiment:
 
 FIVE = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
 RATES = (1e-3, 2e-3, 4e-3)
-SIZE, FULL = "--steps 400 --batch-size 16 --max-length 64 --dtype bf16", "--steps 1500 --max-length 128"
+SIZE, FULL = "--steps 400 --batch-size 8 --max-length 64 --dtype bf16", "--steps 1500 --batch-size 16 --max-length 128"
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEMO = "--tasks sst2,mrpc,mnli,stsb --steps 120 --max-length 64 --lr 4e-3"
 
@@ -107,9 +107,10 @@ def reproduce(name, args):
         world = [sys.executable, str(ROOT / "toy.py"), str(out / f"toy-{level:g}"), "--conflict", f"{level:g}"]
         subprocess.run(world, check=True, stdout=subprocess.DEVNULL)
 
+    half = int(common["--steps"]) // 2
     with ThreadPoolExecutor(args.jobs) as pool:
         tried = {(row, rate): pool.submit(run, out / f"rate {row} {rate:g}",
-                                          flags(row, lr=rate, holdout=300, seeds=1000), args.jobs)
+                                          flags(row, lr=rate, steps=half, holdout=300, seeds=1000), args.jobs)
                  for rate in experiment.rates for row in experiment.rows}  # fmt: skip
         held = {row: {} for row in experiment.rows}
         for (row, rate), found in tried.items():
