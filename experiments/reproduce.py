@@ -4,10 +4,10 @@
     python experiments/reproduce.py main --model … --glue … --full                     at full size: wants a GPU
     python experiments/reproduce.py --list                                             what there is
 
-Each row of an experiment first has its learning rate chosen, by half as many steps and on training rows held out; then it is run
-with every seed and scored on the official validation split. Runs go to --out, one folder for each; those that are
-finished are not run again, and one that was interrupted goes on, so the same command continues. --jobs N runs N at a
-time, for as many CPU cores. `report.py` turns the gathered numbers into tables and figures.
+Each row of an experiment first has its learning rate chosen, by half as many steps and on training rows held out;
+then it is run with every seed and scored on the official validation split. Runs go to --out, one folder for each;
+those that are finished are not run again, and one that was interrupted goes on, so the same command continues.
+--jobs N runs N at a time, for as many CPU cores. `report.py` turns the gathered numbers into tables and figures.
 """
 
 import argparse
