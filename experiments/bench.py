@@ -69,9 +69,17 @@ def take_turns(modes, rounds, device, warmup=2):
 
 
 def machine(device):
-    """What a number was measured on."""
+    """What a number was measured on, and with which commit."""
     return {"hardware": train.hardware(device), "processor": processor(), "torch": torch.__version__,
-            "python": platform.python_version()}  # fmt: skip
+            "python": platform.python_version(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def commit():
+    """The commit that is run, marked where its Python files have been changed."""
+    git = ["git", "-C", str(ROOT)]
+    said = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True).stdout
+    return (said or "unknown") + " with changes" * bool(changed.strip())
 
 
 def processor():
@@ -401,7 +409,8 @@ def main():
     rows, results, notes = globals()[f"bench_{args.what}"](args, device)
     about = machine(device) | {"clock": args.clock}
     command = " ".join(["python experiments/bench.py", *sys.argv[1:]])
-    where = f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}"
+    where = (f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
+             f"commit {about['commit']}, {about['date']}")  # fmt: skip
     text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
     print(f"\n{text}")
     name = f"bench-{args.what}" + (f"-{args.dtype}" if args.what == "step" else "") + f"-{device.type}"

@@ -1,8 +1,8 @@
 """Every published number: runs train.py as a user would, and gathers what it says into experiments/results/NAME/.
 
-    python experiments/reproduce.py main --model FOLDER_OR_ID --glue FOLDER_OR_ID      one experiment
-    python experiments/reproduce.py main --model … --glue … --full                     at full size: wants a GPU
-    python experiments/reproduce.py --list                                             what there is
+    python experiments/reproduce.py                                         what there is
+    python experiments/reproduce.py main --model MODEL --glue GLUE          one experiment (folders, or ids on the Hub)
+    python experiments/reproduce.py main --model … --glue … --full          at full size: wants a GPU
 
 Each row of an experiment first has its learning rate chosen, by half as many steps and on training rows held out;
 then it is run with every seed and scored on the official validation split. Runs go to --out, one folder for each;
@@ -11,8 +11,10 @@ those that are finished are not run again, and one that was interrupted goes on,
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +23,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import machine  # noqa: E402
+
+import lora  # noqa: E402
+import train  # noqa: E402
+from ortholora import OrthoLoRA  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results"
 
 
@@ -34,31 +47,56 @@ class Experiment:
     flags: str  # of every row
     seeds: int
     rates: tuple = ()  # learning rates to choose a row's from; none: it is in the flags
-    toy: dict = field(default_factory=dict)  # {row: conflict}: rows on a toy grammar, with this share of mixed words
+    toy: dict = field(default_factory=dict)  # {row, or "" for all: conflict}: run on the toy grammar, not on GLUE
     full: str = ""  # what --full adds, and so changes
 
 
 FIVE = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
-RATES = (1e-3, 2e-3, 4e-3)
-SIZE, FULL = "--steps 400 --batch-size 8 --max-length 64 --dtype bf16", "--steps 1500 --batch-size 16 --max-length 128"
+RATES, HOLDOUT = (1e-3, 2e-3, 4e-3), 300
+SIZE, FULL = "--batch-size 8 --max-length 64 --dtype bf16", "--steps 1500 --batch-size 16 --max-length 128"
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DEMO = "--tasks sst2,mrpc,mnli,stsb --steps 120 --max-length 64 --lr 4e-3"
+LORI = {"LoRA": "--methods single{} --lr 2e-3", "LoRI": "--methods lori-d,lori-s{} --lr 1e-2 --sparse-lr 5e-2"}
+ORDERS = ("sst2,mrpc,stsb,rte", "rte,stsb,mrpc,sst2")
 
 EXPERIMENTS = {
     "main": Experiment(
-        "Does projection recover what joint training loses? Four tasks, as the paper's kind of comparison has it.",
-        FIVE, f"--tasks rte,mrpc,sst2,stsb {SIZE}", 5, RATES, full=FULL),
+        "Does projection recover what joint training loses? Four tasks of GLUE.",
+        FIVE, f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}", 5, RATES, full=FULL),
     "three": Experiment(
-        "The same for sentiment, paraphrase and inference (whose training rows here may be a subset).",
-        FIVE, f"--tasks sst2,mrpc,mnli {SIZE}", 3, RATES, full=FULL),
+        "The same for sentiment, paraphrase and inference.",
+        FIVE, f"--tasks sst2,mrpc,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
     "seven": Experiment(
         "The same for all seven tasks with an official validation split.",
-        FIVE, f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli {SIZE}", 3, RATES, full=FULL),
+        FIVE, f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
     "conflict": Experiment(
         "A known conflict: the toy grammar's tasks contradict each other on a share p of the traits.",
         {f"p = {p:g}": "--methods head,single,joint,pcgrad,ortho" for p in LEVELS}, DEMO, 10,
         toy={f"p = {p:g}": p for p in LEVELS}),
+    "matters": Experiment(
+        "What matters in the method, on the toy grammar, where there is a gap to recover.",
+        {name: "--methods " + flags for name, flags in {
+            "single": "single", "joint": "joint", "ortho": "ortho", "ortho, by role": "ortho --unit role",
+            "pcgrad": "pcgrad", "ortho, A alone": "ortho --factors A", "ortho, B alone": "ortho --factors B",
+            "ortho, sequential": "ortho --sequential", "lori-ortho": "lori-ortho",
+            "joint, SGD": "joint --optimizer sgd --lr 0.3", "ortho, SGD": "ortho --optimizer sgd --lr 0.3",
+            "joint, batch 4": "joint --batch-size 4", "ortho, batch 4": "ortho --batch-size 4",
+            "joint, batch 64": "joint --batch-size 64", "ortho, batch 64": "ortho --batch-size 64",
+        }.items()}, DEMO, 10, toy={"": 0.5}),
+    "lori": Experiment(
+        "LoRI: a frozen A and a sparse B, alone and merged.",
+        {"LoRA": LORI["LoRA"].format(",lora-merged --own-a"),
+         "LoRI": LORI["LoRI"].format(",lori-d-merged,lori-s-merged")},
+        f"--tasks sst2,mrpc,stsb,rte --steps 200 {SIZE}", 3, full=FULL),
+    "continual": Experiment(
+        "LoRI: the tasks one after the other on one adapter, in two orders.",
+        {f"{method}: {order}": f"{flags.format('')} --tasks {order}" for order in ORDERS
+         for method, flags in LORI.items()},
+        f"--continual --steps 100 {SIZE}", 3, full=FULL),
 }  # fmt: skip
+
+
+KEPT = ("average", "adapter_parameters", "conflicts", "cosines", "matrix", "forgetting", "overlap")
 
 
 def chosen(text):
@@ -95,8 +133,8 @@ def reproduce(name, args):
 
     def flags(row, **more):
         given = common | chosen(experiment.rows[row])
-        if row in experiment.toy:
-            world = out / f"toy-{experiment.toy[row]:g}"
+        if experiment.toy:
+            world = out / f"toy-{experiment.toy.get(row, experiment.toy.get('')):g}"
             given |= {"--model": str(world / "model"), "--glue": str(world / "glue")}
         else:
             given |= {"--model": args.model, "--glue": args.glue}
@@ -110,7 +148,7 @@ def reproduce(name, args):
     half = int(common["--steps"]) // 2
     with ThreadPoolExecutor(args.jobs) as pool:
         tried = {(row, rate): pool.submit(run, out / f"rate {row} {rate:g}",
-                                          flags(row, lr=rate, steps=half, holdout=300, seeds=1000), args.jobs)
+                                          flags(row, lr=rate, steps=half, holdout=HOLDOUT, seeds=1000), args.jobs)
                  for rate in experiment.rates for row in experiment.rows}  # fmt: skip
         held = {row: {} for row in experiment.rows}
         for (row, rate), found in tried.items():
@@ -123,12 +161,7 @@ def reproduce(name, args):
         done = {key: found.result() for key, found in done.items()}
 
     first, timing = done[next(iter(experiment.rows)), 0]
-    results = {
-        "experiment": name, "about": experiment.about,
-        "command": f"python experiments/reproduce.py {name}" + " --model MODEL --glue GLUE" * (not experiment.toy)
-        + " --full" * args.full,
-        "commit": args.commit, "hardware": timing["hardware"], "versions": first["versions"],
-        "minutes": round(sum(t["seconds"] for _, t in done.values()) / 60, 1),
+    results = facts(name, experiment.about, args, timing, sum(t["seconds"] for _, t in done.values())) | {
         "settings": {k.lstrip("-"): v for k, v in common.items()}, "rows": experiment.rows,
         "seeds": list(range(experiment.seeds)), "tasks": first["tasks"], "held_out": held,
         "chosen": {row: float(r["lr"]) for row, r in rate.items() if r},
@@ -138,28 +171,127 @@ def reproduce(name, args):
     for (row, seed), (found, _) in done.items():
         for method, entries in found["methods"].items():
             entry = entries[str(seed)]
-            kept = {"scores": {t: round(m["score"], 4) for t, m in entry["tasks"].items()},
-                    "average": round(entry["average"], 4), "adapter": entry["adapter_parameters"]}  # fmt: skip
-            kept |= {"conflicts": entry["conflicts"]} if "conflicts" in entry else {}
+            kept = {name: entry[name] for name in KEPT if name in entry}
+            if "tasks" in entry:
+                kept["scores"] = {task: round(metrics["score"], 4) for task, metrics in entry["tasks"].items()}
             results["runs"].setdefault(row, {}).setdefault(method, {})[str(seed)] = kept
+    write(name, results, args)
+
+
+def demo(args):
+    """The demo as README's first command runs it."""
+    found, timing = run(Path(args.out) / "demo", ["--demo"], 1)
+    about = facts("demo", "The demo: a toy grammar, 3 seeds.", args, timing, timing["seconds"])
+    write("demo", about | {"table": (Path(args.out) / "demo" / "results.md").read_text(), "results": found}, args)
+
+
+RANKS, HALF, BINS = (1, 2, 4, 8, 16), 8, 5
+
+
+def noise(args):
+    """Where conflict lives, beside what gradient noise alone makes: two batches of each task at every joint step.
+
+    The two batches' gradients, of one task and of different ones, are held against each other: a pair of one task
+    has no conflict to find, only noise. With cosines c between the two halves, c_ij / sqrt(c_ii c_jj) is what the
+    cosine of tasks i and j would be without noise.
+    """
+    s = train.Settings(model=args.model, glue=args.glue, tasks="rte,mrpc,sst2,stsb", batch_size=HALF, lr=2e-3,
+                       steps=1500 if args.full else 150, max_length=128 if args.full else 64, dtype="bf16",
+                       per_task="loop")  # fmt: skip
+    begin, (encoder, tasks) = time.perf_counter(), train.prepare(s, train.find_device("auto"))
+    results = {"settings": dataclasses.asdict(s), "seeds": [0], "tasks": [d.name for d in tasks], "ranks": {}}
+    for s.rank in RANKS:
+        results["ranks"][s.rank] = measure(encoder, tasks, s)
+    timing = {"hardware": train.hardware(train.device_of(encoder))}
+    about = facts("noise", noise.__doc__.splitlines()[0], args, timing, time.perf_counter() - begin)
+    write("noise", about | results, args)
+
+
+def measure(encoder, tasks, s, seed=0):
+    """Train jointly; mean cosine and conflict rate between the halves, (bins of steps, blocks, T, T), summed up."""
+    T, model = len(tasks), train.build("joint", encoder, tasks, seed, s)
+    factors = lora.lora_parameters(model.encoder)
+    trained = [*factors, *(p for head in model.heads.values() for p in head.parameters())]
+    ortho, optimizer = OrthoLoRA(lora.blocks(model.encoder), 2 * T), torch.optim.AdamW(trained, weight_decay=0.01)
+    cosines = torch.zeros(BINS, len(ortho.blocks), T, T)
+    rates = torch.zeros_like(cosines)
+    streams = [train.draw(tasks, seed + half, s, model) for half in (0, 1)]
+    for step in tqdm(range(s.steps), desc=f"rank {s.rank}", mininterval=10):
+        optimizer.zero_grad()
+        total = [torch.zeros_like(p) for p in factors]
+        for half, stream in enumerate(streams):
+            for t, batch in enumerate(next(stream)):
+                (train.task_losses(model, batch, s)[0] / 2).backward()
+                torch._foreach_add_(total, [p.grad for p in factors])
+                ortho.collect(half * T + t)
+        seen = ortho.project()  # for its statistics: the step below is joint training's
+        across = seen.cosines[:, :T, T:].cpu()  # (blocks, T, T): task i's first batch, task j's second
+        cosines[step * BINS // s.steps] += across
+        rates[step * BINS // s.steps] += (across < 0).float()
+        for p, g in zip(factors, total, strict=True):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(trained, s.clip)
+        optimizer.param_groups[0]["lr"] = s.lr * train.rate_at(step, s)
+        optimizer.step()
+    each = s.steps / BINS
+    names = train.projected_blocks(model, "ortho", s)[1]
+    return {
+        "blocks": names, "steps per bin": each,
+        "cosines": (cosines.mean(0) / each).tolist(), "rates": (rates.mean(0) / each).tolist(),  # (blocks, T, T)
+        "rates by time": (rates.mean(1) / each).tolist(), "cosines by time": (cosines.mean(1) / each).tolist(),
+    }  # fmt: skip
+
+
+TRUST = ["tests/kills.py --count 50 --kills 3", "tests/fuzz.py --count 50000",
+         "tests/fuzz.py --first 50000 --count 100000"]  # fmt: skip
+
+
+def trust(args):
+    """What a run survives: 50 runs killed and resumed, 100,000 damaged files read."""
+    def tried(command):
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        return {"command": "python " + command, "status": done.returncode, "output": done.stdout}
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = list(pool.map(tried, TRUST))
+    about = facts("trust", trust.__doc__, args, {"hardware": "CPU, 1 threads"}, time.perf_counter() - begin)
+    write("trust", about | {"seeds": [0], "tried": found}, args)
+
+
+def facts(name, about, args, timing, seconds):
+    """What every result says of where it comes from."""
+    needs = "" if name in ("demo", "trust", "conflict", "matters") else " --model MODEL --glue GLUE"
+    return {
+        "experiment": name, "about": about,
+        "command": f"python experiments/reproduce.py {name}{needs}" + " --full" * args.full,
+        **machine(torch.device("cpu")), "hardware": timing["hardware"], "jobs": args.jobs,
+        "minutes": round(seconds / 60, 1),
+    }  # fmt: skip
+
+
+def write(name, results, args):
     path = Path(args.results) / (name + "-full" * args.full) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}; now python experiments/report.py")
+    text = json.dumps(rounded(results), indent=1)
+    path.write_text(re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), text) + "\n")  # a list of numbers: a line
+    print(f"wrote {path}; now: python experiments/report.py")
 
 
-def commit():
-    """The commit that is run, marked where files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    said = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True).stdout
-    return (said or "unknown") + " and changes" * bool(changed.strip())
+def rounded(x):
+    """The same with every number to five decimals."""
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+
+
+SPECIAL = {"noise": noise, "demo": demo, "trust": trust}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", nargs="?", choices=list(EXPERIMENTS))
-    parser.add_argument("--list", action="store_true", help="say what there is, and end")
+    parser.add_argument("experiment", nargs="?", choices=[*EXPERIMENTS, *SPECIAL])
     parser.add_argument("--model", help="checkpoint folder or Hub id")
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
     parser.add_argument("--full", action="store_true", help="full size: 1,500 steps, length 128")
@@ -167,14 +299,18 @@ def main():
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go [runs/reproduce]")
     parser.add_argument("--results", default=str(RESULTS), help="where results go [experiments/results]")
     args = parser.parse_args()
-    if args.list or not args.experiment:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name:10} {experiment.about}")
-        return
-    if not args.model and not EXPERIMENTS[args.experiment].toy:
+    if not args.experiment:
+        about = {name: experiment.about for name, experiment in EXPERIMENTS.items()}
+        for name, text in (about | {name: f.__doc__.splitlines()[0] for name, f in SPECIAL.items()}).items():
+            print(f"{name:10} {text}")
+    elif args.experiment in ("demo", "trust"):
+        SPECIAL[args.experiment](args)
+    elif not args.model and not (args.experiment in EXPERIMENTS and EXPERIMENTS[args.experiment].toy):
         parser.error(f"{args.experiment} needs --model FOLDER_OR_ID")
-    args.commit = commit()
-    reproduce(args.experiment, args)
+    elif args.experiment == "noise":
+        noise(args)
+    else:
+        reproduce(args.experiment, args)
 
 
 if __name__ == "__main__":

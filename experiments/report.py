@@ -1,0 +1,457 @@
+"""Tables and figures out of experiments/results/, and the README's share of them.
+
+    python experiments/report.py            writes results.md beside every results.json, figures, the README's blocks
+    python experiments/report.py --check    says where the README or a table differs from the results, and ends with 1
+
+A block of the README stands between <!-- experiments/results/….md --> and <!-- end -->, and is that file, word for
+word; no number of an experiment stands elsewhere. Figures need matplotlib and carry their results' checksum.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "experiments" / "results", ROOT / "README.md"
+sys.path.insert(0, str(ROOT))
+
+from train import markdown, mean_and_spread  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def interval(differences, level=0.95):
+    """(mean, low, high) of paired differences, (seeds,): Student's t interval, mean ± t s / √n."""
+    x = np.asarray(differences, float)
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return x.mean(), x.mean() - half, x.mean() + half
+
+
+def fieller(gain, gap, level=0.95):
+    """(low, high) for the ratio of the means of two paired samples, or None where the gap's own interval has 0 in it.
+
+    Fieller's interval: all θ at which the mean of gain - θ gap does not differ from 0, so the roots of
+    (ȳ² - t² s_yy/n) θ² - 2 (x̄ȳ - t² s_xy/n) θ + (x̄² - t² s_xx/n), x the gain and y the gap. It is an interval only
+    where the first factor is positive: where there is a gap to recover.
+    """
+    x, y = np.asarray(gain, float), np.asarray(gap, float)
+    t2 = stats.t.ppf((1 + level) / 2, len(x) - 1) ** 2 / len(x)
+    (sxx, sxy), (_, syy) = np.cov(x, y)
+    a, b, c = y.mean() ** 2 - t2 * syy, x.mean() * y.mean() - t2 * sxy, x.mean() ** 2 - t2 * sxx
+    if a <= 0 or y.mean() <= 0:
+        return None
+    root = math.sqrt(max(0.0, b * b - a * c))
+    return (b - root) / a, (b + root) / a
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def signed(found, digits=2):
+    """'+0.31 [-0.20, +0.82]'"""
+    mean, low, high = found
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def share(gain, gap):
+    """The recovered share with its interval, or that there is none to speak of."""
+    found = fieller(gain, gap)
+    if found is None:
+        return "no gap to recover"
+    return f"{100 * np.mean(gain) / np.mean(gap):.0f} % [{100 * found[0]:.0f}, {100 * found[1]:.0f}]"
+
+
+def verdict(found, up, down, neither):
+    """The words that an interval allows."""
+    _, low, high = found
+    return up if low > 0 else down if high < 0 else neither
+
+
+def source(r):
+    """Where numbers come from: the last line of every table."""
+    jobs = f"{r['jobs']} runs at a time, " * (r.get("jobs", 1) > 1)
+    seeds = r.get("seeds") or r.get("results", {}).get("seeds")
+    return (f"`{r['command']}`, seeds {', '.join(map(str, seeds))}; {r['minutes']:.0f} minutes of runs, {jobs}"
+            f"{r['hardware']} ({r['processor']}), torch {r['torch']}, commit {r['commit']}, {r['date']}.")  # fmt: skip
+
+
+def averages(runs):
+    """{method: {seed: entry}} -> {method: (seeds,)}"""
+    return {m: np.array([entry["average"] for entry in seeds.values()]) for m, seeds in runs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def comparison(r):
+    """main, three, seven: every method against joint training, paired by seed."""
+    runs = {row: next(iter(methods.values())) for row, methods in r["runs"].items()}
+    average, tasks = averages(runs), r["tasks"]
+    gap = average["single"] - average["joint"]
+    rows = [["method", *tasks, "average", "− joint, 95 % interval", "share of the gap, 95 %", "lr"]]
+    guess = next(iter(r["majority"].values()))
+    rows.append(["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}",
+                 "", "", ""])  # fmt: skip
+    for row, entries in runs.items():
+        gain = average[row] - average["joint"]
+        rows.append([row, *(mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks),
+                     mean_and_spread(average[row]), "" if row == "joint" else signed(interval(gain)),
+                     share(gain, gap) if row in ("pcgrad", "ortho") else "", f"{r['chosen'][row]:g}"])  # fmt: skip
+    there = verdict(interval(gap), "joint training loses to one adapter per task", "joint training beats one adapter "
+                    "per task", "no difference between joint training and one adapter per task is shown")  # fmt: skip
+    lines = [f"- The gap: {there} (single − joint {signed(interval(gap))} points)."]
+    for row, than in (("ortho", "joint"), ("pcgrad", "joint"), ("ortho", "pcgrad")):
+        found = interval(average[row] - average[than])
+        words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
+        lines.append(f"- `{row}` {words} `{than}` ({signed(found)} points).")
+    seen = [e["conflicts"] for e in runs["ortho"].values()]
+    pairs = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
+    lines.append(f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
+                 f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
+                 f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
+                 + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(pairs.items(), key=lambda p: -p[1]))
+                 + ".")  # fmt: skip
+    held = [["held out, average", *(f"{float(rate):g}" for rate in next(iter(r["held_out"].values())))]]
+    held += [[row, *(f"{x:.1f}" for x in scores.values())] for row, scores in r["held_out"].items()]
+    s = r["settings"]
+    how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
+           f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. Each method's "
+           "learning rate is the best on 300 training rows of each task that were held out, by half as many steps "
+           "and one other seed:")  # fmt: skip
+    return [markdown(rows), "\n".join(lines), how, markdown(held)]
+
+
+def conflict(r):
+    """The toy grammar: what joint training loses, and what projection brings back, by the share of contradictions."""
+    rows = [["contradictions", "head", "single", "joint", "pcgrad", "ortho", "single − joint", "ortho − joint",
+             "ortho: share of the gap"]]  # fmt: skip
+    for row, methods in r["runs"].items():
+        a = averages(methods)
+        gap, gain = a["single"] - a["joint"], a["ortho"] - a["joint"]
+        rows.append([row, *(f"{a[m].mean():.1f}" for m in ("head", "single", "joint", "pcgrad", "ortho")),
+                     signed(interval(gap), 1), signed(interval(gain), 1), share(gain, gap)])  # fmt: skip
+    gains = {row: interval(averages(m)["ortho"] - averages(m)["joint"]) for row, m in r["runs"].items()}
+    helped = [row for row, found in gains.items() if found[1] > 0]
+    hurt = [row for row, found in gains.items() if found[2] < 0]
+    words = f"`ortho` scores higher than `joint` at {', '.join(helped)}" if helped else "`ortho` scores higher nowhere"
+    words += f", lower at {', '.join(hurt)}" * bool(hurt)
+    other = [row for row in gains if row not in helped + hurt]
+    words += f"; no difference is shown at {', '.join(other)}" * bool(other)
+    rates = [np.mean([e["conflicts"]["rate"] for e in m["ortho"].values()]) for m in r["runs"].values()]
+    return [markdown(rows), f"- {words}.",
+            "- Share of task pairs in conflict, from the least p to the largest: "
+            + ", ".join(f"{100 * x:.1f} %" for x in rates) + ".",
+            f"Averages over four toy tasks, {len(r['seeds'])} seeds, 95 % intervals of paired differences in points. "
+            "One grammar and one pretrained encoder; every method at the same rate."]  # fmt: skip
+
+
+def matters(r):
+    """Variants of the method on the toy grammar, each against joint training in its own setting."""
+    rows = [["variant", "average", "− joint, 95 % interval", "conflicts", "norm removed"]]
+    average = {row: averages(methods).popitem()[1] for row, methods in r["runs"].items()}
+    for row, x in average.items():
+        base = next((b for b in ("joint, SGD", "joint, batch 4", "joint, batch 64") if row.endswith(b[5:])), "joint")
+        seen = [e["conflicts"] for e in next(iter(r["runs"][row].values())).values() if "conflicts" in e]
+        rows.append([row, mean_and_spread(x), "" if row == base else signed(interval(x - average[base])),
+                     f"{100 * np.mean([c['rate'] for c in seen]):.1f} %" if seen else "",
+                     f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else ""])  # fmt: skip
+    return [markdown(rows), f"The toy grammar at p = 0.5, {len(r['seeds'])} seeds (± their standard deviation); each "
+            "variant against joint training with the same optimizer and batches."]  # fmt: skip
+
+
+def off_diagonal(x):
+    x = np.asarray(x)
+    return x[..., ~np.eye(x.shape[-1], dtype=bool)].mean(-1)
+
+
+def on_diagonal(x):
+    return np.diagonal(np.asarray(x), axis1=-2, axis2=-1).mean(-1)
+
+
+def noise(r):
+    """Two batches of one task against each other, beside batches of two tasks."""
+    rows = [["rank", "conflicts: two tasks", "one task, two batches", "cosine: two tasks", "one task, two batches",
+             "two tasks, without noise"]]  # fmt: skip
+    for rank, found in r["ranks"].items():
+        rates, cosines = np.array(found["rates"]), np.array(found["cosines"])  # (blocks, T, T)
+        mean = cosines.mean(0)
+        rows.append([rank, f"{100 * off_diagonal(rates).mean():.1f} %", f"{100 * on_diagonal(rates).mean():.1f} %",
+                     f"{off_diagonal(mean):+.4f}", f"{on_diagonal(mean):+.4f}",
+                     f"{off_diagonal(clean(mean)):+.2f}"])  # fmt: skip
+    eight = r["ranks"]["8"]
+    by_factor = []
+    for f in "AB":
+        chosen = np.array([name.endswith("." + f) for name in eight["blocks"]])
+        rates = np.array(eight["rates"])[chosen]
+        by_factor.append(f"{f}: {100 * off_diagonal(rates).mean():.1f} % between tasks, "
+                         f"{100 * on_diagonal(rates).mean():.1f} % within one")  # fmt: skip
+    time = np.array(eight["rates by time"])
+    fifths = ", ".join(f"{100 * off_diagonal(x):.1f} / {100 * on_diagonal(x):.1f}" for x in time)
+    mean, names = clean(np.array(eight["cosines"]).mean(0)), r["tasks"]
+    pairs = [f"{names[i]}-{names[j]} {(mean[i, j] + mean[j, i]) / 2:+.2f}"
+             for i, j in itertools.combinations(range(len(names)), 2)]  # fmt: skip
+    s = r["settings"]
+    return [markdown(rows), "- At rank 8, " + "; ".join(by_factor) + ".",
+            f"- Over the fifths of training, between tasks / within one: {fifths} %.",
+            f"- Cosines without noise, by pair: {', '.join(pairs)}.",
+            f"Joint training of four tasks, {s['steps']} steps, two batches of {s['batch_size']} per task and step, at "
+            f"most {s['max_length']} tokens, one seed. A conflict is a negative dot product within one factor, 50 % "
+            "for unrelated directions. Without noise: c_ij / √(c_ii c_jj), c the mean cosine of two independent "
+            "batches."]  # fmt: skip
+
+
+def clean(c):
+    """Cosines (T, T) between independent halves, freed of the noise that shows on the diagonal; NaN where all is."""
+    size = np.sqrt(np.clip(np.diagonal(c), 0, None))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (c + c.T) / 2 / np.outer(size, size)
+
+
+def lori(r):
+    """LoRA and LoRI, alone and merged."""
+    runs = {m: seeds for methods in r["runs"].values() for m, seeds in methods.items()}
+    average, tasks = averages(runs), r["tasks"]
+    rows = [["method", *tasks, "average", "− single, 95 % interval", "trained"]]
+    guess = next(iter(r["majority"].values()))
+    rows.append(["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}",
+                 "", ""])  # fmt: skip
+    for m, entries in runs.items():
+        scores = (mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks)
+        rows.append([m, *scores, mean_and_spread(average[m]), "" if m == "single" else
+                     signed(interval(average[m] - average["single"]), 1),
+                     f"{next(iter(entries.values()))['adapter_parameters']:,}"])  # fmt: skip
+    cosines = []
+    for m, entries in runs.items():
+        if m.endswith("-merged"):
+            below = np.tril_indices(len(tasks), -1)
+            found = np.abs([np.array(e["cosines"])[below] for e in entries.values()])
+            cosines.append(f"{m} {found.mean():.3f} ({found.max():.3f})")
+    s = r["settings"]
+    return [markdown(rows), f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}.",
+            f"{s['steps']} steps of {s['batch-size']} examples, at most {s['max-length']} tokens, {len(r['seeds'])} "
+            "seeds (± their standard deviation)."]  # fmt: skip
+
+
+def continual(r):
+    """What is left of each task after the others."""
+    rows = [["order", "method", "average at the end", "forgetting", "overlap of masks"]]
+    for row, methods in r["runs"].items():
+        order = row.split(": ")[1].replace(",", ", ")
+        for m, entries in methods.items():
+            shared = [e["overlap"] for e in entries.values() if "overlap" in e]
+            rows.append([order, {"single": "LoRA"}.get(m, m), mean_and_spread([*averages({m: entries})[m]]),
+                         mean_and_spread([e["forgetting"] for e in entries.values()]),
+                         f"{np.mean(shared):.3f}" if shared else ""])  # fmt: skip
+    s = r["settings"]
+    return [markdown(rows), f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
+            f"{s['max-length']} tokens, {len(r['seeds'])} seeds (± their standard deviation). Forgetting: a task's "
+            "score after its own stage, less that at the end."]  # fmt: skip
+
+
+def demo(r):
+    """The demo's own report, without its heading."""
+    return [r["table"].split("\n", 1)[1].strip()]
+
+
+def trust(r):
+    """Kills and damaged files: the last lines of what was run."""
+    kills = r["tried"][0]["output"].strip().splitlines()[-2:]
+    rows, total = [["damaged file", "tried", "loaded", "refused in one line", "anything else"]], {}
+    for part in r["tried"][1:]:
+        for kind, *numbers in re.findall(r"^(\S+) +(\d+) +(\d+) +(\d+) +[\d.]+ +[\d.]+$", part["output"], re.M):
+            total[kind] = total.get(kind, 0) + np.array(numbers, int)
+    total["all"] = sum(total.values())
+    rows += [[kind, *(f"{x:,}" for x in found), f"{found[0] - found[1] - found[2]:,}"] for kind, found in total.items()]
+    return [f"- Killed by SIGKILL at random moments and resumed: {kills[0]}; {kills[1]}.", markdown(rows),
+            "Of the damaged files, none was allowed to end the process, to run over its time, or to make it "
+            "allocate beyond three times the files' size. " + ", ".join(f"`{x['command']}`" for x in r["tried"])
+            + ": exit status " + ", ".join(str(x["status"]) for x in r["tried"]) + "."]  # fmt: skip
+
+
+TABLES = {"main": comparison, "three": comparison, "seven": comparison, "conflict": conflict, "matters": matters,
+          "noise": noise, "lori": lori, "continual": continual, "demo": demo, "trust": trust}  # fmt: skip
+
+
+def table(path):
+    """The text of results.md for a results.json."""
+    r = json.loads(path.read_text())
+    return "\n\n".join([*TABLES[r["experiment"]](r), source(r)]) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw(results):
+    """{file name: (checksum of what it shows, matplotlib figure)}"""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "ortho-lora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False,
+                     "axes.spines.right": False, "font.family": "sans-serif", "figure.dpi": 100}  # fmt: skip
+    made = {"method": schematic(plt)}
+    for name, figure in (("main", figure_main), ("conflict", figure_conflict), ("noise", figure_noise)):
+        if name in results:
+            made[name] = figure(plt, results[name])
+    return made
+
+
+BLUE, RED, GREY, GREEN = "#2b6cb0", "#c53030", "#a0aec0", "#2f855a"
+
+
+def schematic(plt):
+    """Two gradients in conflict, joint training's step and the projected one: drawn from the formula."""
+    g = np.array([[1.0, 0.15], [-0.75, 0.95]])
+    dot = g[0] @ g[1]
+    v = np.array([g[0] - dot / (g[1] @ g[1]) * g[1], g[1] - dot / (g[0] @ g[0]) * g[0]])
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.9))
+    panels = [("two tasks' gradients of one factor:\nmore than 90° apart", g, None),
+              ("joint training adds them:\nmuch of both is lost", g, g.sum(0)),
+              ("Ortho-LoRA first takes from each\nwhat points against the other", v, v.sum(0))]  # fmt: skip
+    for axis, (title, pair, total) in zip(axes, panels, strict=True):
+        faint = pair is v
+        for x, color, name in zip(g, (BLUE, RED), ("$g_1$", "$g_2$"), strict=True):
+            axis.annotate("", x, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.8,
+                                                    "alpha": 0.3 if faint else 1})  # fmt: skip
+            axis.text(*(x * 1.1), name, color=color, ha="center", va="center", alpha=0.5 if faint else 1)
+        if faint:
+            for x, old, color, name in zip(v, g, (BLUE, RED), ("$v_1$", "$v_2$"), strict=True):
+                axis.annotate("", x, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.8})
+                axis.plot(*zip(old, x, strict=True), color=color, lw=1, ls=":")
+                axis.text(*(x * 1.17), name, color=color, ha="center", va="center")
+        if total is not None:
+            axis.annotate("", total, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2.4})
+            axis.text(*(total * 1.08 + [0.09, 0.02]), "sum", ha="center", va="center")
+        axis.set(xlim=(-1.1, 1.35), ylim=(-0.25, 1.75), aspect="equal", title=title)
+        axis.title.set_fontsize(9.5)
+        axis.axis("off")
+    figure.tight_layout()
+    return "schematic", figure
+
+
+def figure_main(plt, r):
+    """Every seed's difference from joint training, with its interval."""
+    average = averages({row: next(iter(methods.values())) for row, methods in r["runs"].items()})
+    methods = [m for m in ("single", "pcgrad", "ortho") if m in average]
+    figure, axis = plt.subplots(figsize=(6.5, 2.3))
+    for y, m in enumerate(reversed(methods)):
+        x = average[m] - average["joint"]
+        mean, low, high = interval(x)
+        axis.plot([low, high], [y, y], color=BLUE, lw=2.5, solid_capstyle="butt")
+        axis.plot(x, np.full(len(x), y + 0.22), "o", color=GREY, ms=4)
+        axis.plot(mean, y, "o", color=BLUE, ms=7)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(methods)), list(reversed(methods)))
+    axis.set(ylim=(-0.5, len(methods) - 0.3), xlabel="points above joint training, average of the tasks: each seed, "
+             "their mean, its 95 % interval")  # fmt: skip
+    axis.xaxis.label.set_fontsize(9)
+    figure.tight_layout()
+    return r, figure
+
+
+def figure_conflict(plt, r):
+    """The gap, and what is left of it, against the share of contradictions."""
+    p = [float(row.split("= ")[1]) for row in r["runs"]]
+    figure, axis = plt.subplots(figsize=(6.5, 2.8))
+    for method, color, name in (("single", RED, "single − joint: the gap"), ("ortho", BLUE, "ortho − joint"),
+                                ("pcgrad", GREY, "pcgrad − joint")):  # fmt: skip
+        found = np.array([interval(averages(m)[method] - averages(m)["joint"]) for m in r["runs"].values()])
+        axis.fill_between(p, found[:, 1], found[:, 2], color=color, alpha=0.2, lw=0)
+        axis.plot(p, found[:, 0], "o-", color=color, ms=4, label=name)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set(xlabel="share p of traits on which the toy tasks contradict each other", ylabel="points", xticks=p)
+    axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return r, figure
+
+
+def figure_noise(plt, r):
+    """Conflict rates by layer and factor: two tasks, and one task against itself."""
+    eight = r["ranks"]["8"]
+    rates, layers = np.array(eight["rates"]), {}
+    for i, name in enumerate(eight["blocks"]):
+        layers.setdefault((name[-1], int(re.search(r"\.(\d+)\.", name)[1])), []).append(i)
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.5), sharey=True)
+    for axis, factor in zip(axes, "AB", strict=True):
+        numbers = sorted(number for f, number in layers if f == factor)
+        for values, color, name in ((off_diagonal(rates), RED, "two tasks"),
+                                    (on_diagonal(rates), GREY, "one task, two batches")):  # fmt: skip
+            axis.plot(numbers, [100 * values[layers[factor, n]].mean() for n in numbers], "o-", color=color, ms=4,
+                      label=name)  # fmt: skip
+        axis.axhline(50, color="black", lw=0.8, ls=":")
+        axis.set(title=f"factor {factor}", xlabel="layer", xticks=numbers, ylim=(0, 60))
+    axes[0].set_ylabel("pairs in conflict, %")
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.tight_layout()
+    return r, figure
+
+
+def checksum(shown):
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def embed(text):
+    """The README with every block as its file has it. Raises SystemExit: a block without a file, or without an end."""
+
+    def block(match):
+        path = ROOT / match[1]
+        if not path.exists():
+            raise SystemExit(f"report.py: the README has a block of {match[1]}, which is not there")
+        return f"<!-- {match[1]} -->\n{path.read_text().strip()}\n<!-- end -->"
+
+    starts = len(re.findall(r"<!-- experiments/\S+ -->", text))
+    new, count = re.subn(r"<!-- (experiments/\S+\.md) -->\n.*?<!-- end -->", block, text, flags=re.S)
+    if count != starts:
+        raise SystemExit(f"report.py: the README starts {starts} blocks, of which {count} end")
+    return new
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
+    args = parser.parse_args()
+    paths = sorted(RESULTS.glob("*/results.json"))
+    wrong = []
+
+    def settle(path, text):
+        if args.check and (not path.exists() or path.read_text() != text):
+            wrong.append(f"{path.relative_to(ROOT)} differs from the results; run python experiments/report.py")
+        elif not args.check:
+            path.write_text(text)
+
+    for path in paths:
+        settle(path.with_name("results.md"), table(path))
+    settle(README, embed(README.read_text()))
+    results = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    if args.check:
+        for name in re.findall(r"\(experiments/results/(\w+)\.svg\)", README.read_text()):
+            figure = RESULTS / f"{name}.svg"
+            shown = checksum(results[name]) if name in results else checksum("schematic")
+            if not figure.exists() or shown not in figure.read_text():
+                wrong.append(f"{figure.relative_to(ROOT)} differs from the results; run python experiments/report.py")
+    else:
+        for name, (shown, figure) in draw(results).items():
+            figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None, "Description": checksum(shown)})
+    print("\n".join(wrong) or ("the README and the tables are as the results have them" if args.check else
+                               f"{len(paths)} tables, and the README's blocks"))  # fmt: skip
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

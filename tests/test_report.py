@@ -1,0 +1,109 @@
+"""experiments/report.py: intervals against scipy's t test, words, --check; reproduce.py end to end, small."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import report  # noqa: E402
+import reproduce  # noqa: E402
+
+GENERATOR = np.random.default_rng(0)
+
+
+def test_interval_is_the_t_tests():
+    x = GENERATOR.normal(1, 2, 7)
+    mean, low, high = report.interval(x)
+    expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
+    assert mean == pytest.approx(x.mean()) and (low, high) == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_fieller_ends_where_the_t_test_of_gain_less_theta_gap_is_at_five_percent(n):
+    gap = GENERATOR.normal(5, 1, n)
+    gain = 0.3 * gap + GENERATOR.normal(0, 0.5, n)
+    low, high = report.fieller(gain, gap)
+    for theta in (low, high):
+        assert stats.ttest_1samp(gain - theta * gap, 0).pvalue == pytest.approx(0.05, abs=1e-6)
+    assert low < gain.mean() / gap.mean() < high
+
+
+def test_no_share_where_the_gap_may_be_zero_or_is_the_other_way_round():
+    gain = np.array([0.1, 0.2, 0.3])
+    assert report.fieller(gain, np.array([-1.0, 0.5, 1.0])) is None
+    assert report.fieller(gain, np.array([-5.0, -5.1, -5.2])) is None
+    assert report.share(gain, np.array([-1.0, 0.5, 1.0])) == "no gap to recover"
+
+
+def test_words_go_as_far_as_the_interval():
+    assert report.verdict((1, 0.1, 2), "up", "down", "neither") == "up"
+    assert report.verdict((-1, -2, -0.1), "up", "down", "neither") == "down"
+    assert report.verdict((1, -0.1, 2), "up", "down", "neither") == "neither"
+
+
+def test_cosine_without_noise_of_a_known_pair():
+    """Two directions at 60°, each batch's gradient the direction plus noise: the noise drops out of the ratio."""
+    directions, n = np.array([[1.0, 0.0], [0.5, 3**0.5 / 2]]), 200_000
+    halves = directions + GENERATOR.normal(0, 2, (2, n, 2, 2))  # (half, sample, task, coordinate)
+    halves /= np.linalg.norm(halves, axis=3, keepdims=True)
+    c = np.einsum("nid,njd->ij", *halves) / n
+    assert abs(c[0, 1]) < 0.15  # buried in noise
+    assert report.clean(c)[0, 1] == pytest.approx(0.5, abs=0.03)
+
+
+def test_readme_and_results_agree():
+    command = [sys.executable, "experiments/report.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_check_fails_where_a_number_of_the_readme_is_changed(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"<!-- experiments/results/\S+ -->\n.*?(\d+\.\d)", text, re.S)
+    changed = text[: block.start(1)] + "99.9" + text[block.end(1) :]
+    readme = tmp_path / "README.md"
+    readme.write_text(changed)
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "ROOT", ROOT)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
+    monkeypatch.setattr(Path, "relative_to", lambda self, other: self)
+    with pytest.raises(SystemExit) as stopped:
+        report.main()
+    assert stopped.value.code == 1 and "README.md differs" in capsys.readouterr().out
+    assert report.embed(changed) == text  # and writing it puts the number back
+
+
+def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypatch, capsys):
+    """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
+    experiment = reproduce.Experiment(
+        "small", {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")},
+        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32", 3, (1e-3, 1e-1),
+    )  # fmt: skip
+    monkeypatch.setattr(reproduce, "HOLDOUT", 20)
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
+    arguments = ["reproduce.py", "main", "--model", str(demo / "model"), "--glue", str(demo / "glue"), "--jobs", "2",
+                 "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    reproduce.main()
+    assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 5 * 3
+    path = tmp_path / "results" / "main" / "results.json"
+    r = json.loads(path.read_text())
+    assert {"command", "commit", "seeds", "hardware", "minutes"} <= r.keys()
+    for row, scores in r["held_out"].items():
+        assert r["chosen"][row] == float(max(scores, key=scores.get))
+    one = json.loads((tmp_path / "runs" / "main" / "ortho seed 2" / "results.json").read_text())
+    assert one["settings"]["lr"] == r["chosen"]["ortho"] and one["seeds"] == [2] and one["settings"]["holdout"] == 0
+    average = one["methods"]["ortho"]["2"]["average"]
+    assert r["runs"]["ortho"]["ortho"]["2"]["average"] == pytest.approx(average, abs=1e-4)
+    text = report.table(path)
+    assert f"| {r['chosen']['ortho']:g} |" in text and "| ortho" in text and "commit" in text
+    reproduce.main()
+    assert " s\n" not in capsys.readouterr().out and report.table(path) == text
