@@ -111,7 +111,8 @@ class Settings:
     # projection
     unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "role", "joint"])
     factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
-    sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals")
+    sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow, "
+                            "pair by pair")
     combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
     # LoRI
@@ -236,18 +237,23 @@ def check(s):
         raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
 
 
-def open_out(folder, s):
-    """Make the out folder, and take an earlier run's results out of it, or, to resume, what a kill left half-written.
-
-    Raises BadInput where it can't be written, or holds a run that was interrupted, and this is another.
-    """
-    out = Path(folder)
-    if RANK:
-        return out
+def check_out(out, s):
+    """Raises BadInput where --resume has nothing to go on with, or another run was interrupted in the out folder."""
     if s.resume and not list(out.glob(STATE + "*")):
         raise BadInput(f"--resume: no interrupted run in {out}" + ", it is finished" * (out / "results.json").exists())
     if not s.resume and not s.demo and list(out.glob(STATE + "*")):
         raise BadInput(f"--out {out} has an interrupted run: go on with it by --resume, or choose another --out")
+
+
+def open_out(folder, s):
+    """Make the out folder, and take an earlier run's results out of it, or, to resume, what a kill left half-written.
+
+    Raises BadInput where it can't be written, and as `check_out` does.
+    """
+    out = Path(folder)
+    if RANK:
+        return out
+    check_out(out, s)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for path in [*out.glob(".*.tmp"), *out.glob("*/seed*/*/.*.tmp")]:
@@ -1071,6 +1077,8 @@ def prepare(s, device):
 
 def compare(s):
     """Train every method with every seed, and print the table."""
+    if s.out:  # before anything is loaded
+        check_out(Path(s.out), s)
     device = find_device(s.device)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used

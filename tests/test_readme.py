@@ -80,8 +80,8 @@ def test_links_point_at_what_they_name():
 def test_flags_and_files_exist():
     known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Settings)} | {"--help"}
     known |= {"--nproc-per-node"}  # torchrun's
-    for script in ("experiments/bench.py", "tests/kills.py", "tests/fuzz.py"):
-        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', (ROOT / script).read_text()))
+    for script in (*ROOT.glob("experiments/*.py"), ROOT / "tests/kills.py", ROOT / "tests/fuzz.py"):
+        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
     for line in re.findall(r"^\| `([\w.]+\.py)`", README, re.M):
         assert (ROOT / line).exists()

@@ -107,3 +107,17 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
     assert f"| {r['chosen']['ortho']:g} |" in text and "| ortho" in text and "commit" in text
     reproduce.main()
     assert " s\n" not in capsys.readouterr().out and report.table(path) == text
+
+
+def test_noise_measures_one_task_against_itself(demo, monkeypatch):
+    """At B = 0 only B has a gradient; a task whose two batches are the same has cosine 1 with itself."""
+    s = reproduce.train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mrpc", steps=5,
+                                 batch_size=8, max_length=32, dtype="fp32", per_task="loop", lr=0.0)  # fmt: skip
+    encoder, tasks = reproduce.train.prepare(s, reproduce.torch.device("cpu"))
+    draw = reproduce.train.draw
+    monkeypatch.setattr(reproduce.train, "draw", lambda tasks, seed, s, model: draw(tasks, 0, s, model))
+    found = reproduce.measure(encoder, tasks, s)
+    cosines, is_A = np.array(found["cosines"]), np.array([name.endswith(".A") for name in found["blocks"]])
+    assert np.all(cosines[is_A] == 0) and np.allclose(report.on_diagonal(cosines[~is_A]), 1, atol=1e-5)
+    assert np.all(np.abs(report.off_diagonal(cosines[~is_A])) < 0.9)
+    assert np.shape(found["rates by time"]) == (reproduce.BINS, 2, 2)
