@@ -311,15 +311,24 @@ def load_task(name, source="nyu-mll/glue", split="train"):
 # Tokens
 
 
+@contextlib.contextmanager
+def refusing(what):
+    """What `tokenizers` raises becomes BadInput; so does a panic of its Rust code, which is no Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise BadInput(f"{what}: {reason(e)}") from None
+
+
 def load_tokenizer(folder):
     """The tokenizer in folder/tokenizer.json. Raises BadInput: no such file, or a damaged one."""
     path = Path(folder).expanduser() / "tokenizer.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no tokenizer.json")
-    try:
+    with refusing(f"{path} can't be read as a tokenizer"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises Exception itself
-        raise BadInput(f"{path} can't be read as a tokenizer: {reason(e)}") from None
     tokenizer.no_padding()  # some published files pad all to 128 and cut there
     tokenizer.no_truncation()
     return tokenizer
@@ -337,11 +346,8 @@ def encode(tokenizer, texts, max_length):
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     try:
-        encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
-    except BaseException as e:  # what tokenizers' Rust code raises where it panics is no Exception
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise BadInput(f"the tokenizer can't be used, tokenizer.json may be damaged: {reason(e)}") from None
+        with refusing("the tokenizer can't be used, tokenizer.json may be damaged"):
+            encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
     finally:
         tokenizer.no_truncation()
     return [(encoding.ids, encoding.type_ids) for encoding in encodings]

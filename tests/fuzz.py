@@ -177,7 +177,7 @@ def mutate_bytes(data, rng):
     elif how == 4:
         del data[i : min(j, i + rng.randint(1, 40))]
     else:
-        data[:8] = rng.choice([0, 2, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+        data[:8] = rng.choice([0, 2, max(len(data) - 8, 0), len(data), 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
     return bytes(data)
 
 
