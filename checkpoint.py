@@ -561,9 +561,10 @@ def load_masks(folder):
         if shapes.keys() != packed.keys() or not packed:
             raise ValueError
         for name, (out, r) in shapes.items():
+            if not (type(out) is type(r) is int and out >= 0 and r >= 0 and packed[name].dtype == torch.uint8):
+                raise ValueError
             count = out * r
-            whole = type(out) is type(r) is int and out >= 0 and r >= 0 and packed[name].dtype == torch.uint8
-            if not whole or packed[name].shape != (-(-count // 8),):
+            if packed[name].shape != (-(-count // 8),):
                 raise ValueError
             bits = packed[name][:, None] >> torch.arange(8, dtype=torch.uint8)
             bits = bits.bitwise_and_(1).view(torch.bool).flatten()  # no copy: the bools take 8 times the file already

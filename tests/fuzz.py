@@ -177,7 +177,8 @@ def mutate_bytes(data, rng):
     elif how == 4:
         del data[i : min(j, i + rng.randint(1, 40))]
     else:
-        data[:8] = rng.choice([0, 2, max(len(data) - 8, 0), len(data), 2**31, 2**40, 2**63, 2**64 - 1]).to_bytes(8, "little")
+        size = rng.choice([0, 2, max(len(data) - 8, 0), len(data), 2**31, 2**40, 2**63, 2**64 - 1])
+        data[:8] = size.to_bytes(8, "little")
     return bytes(data)
 
 

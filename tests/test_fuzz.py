@@ -184,6 +184,7 @@ def test_adapter_with_a_layer_under_two_names(files):
 
 
 SHAPES = ['{"x": [0, 1%s]}' % ("0" * 30), '{"x": [-2, -4]}', '{"x": [2.0, 4]}', '{"x": [true, 8]}', '{"x": "28"}',
+          '{"x": ["2", 1000000000000]}',
           '{"x": [2, 4], "x": [2, 4]}', '{"x": [1e400, 1]}', "[" * 10**5]  # fmt: skip
 
 
@@ -197,6 +198,7 @@ def test_masks(shapes, tmp_path):
 TOKENIZERS = {  # what the first text meets: (number of the seed, where in the file, what is there then)
     "a vocabulary without [UNK]": (0, ("model", "unk_token"), "[NO]"),
     "a template's token without ids": (2, ("post_processor", "special_tokens"), {}),  # a panic in Rust: no Exception
+    "a prefix longer than what is merged": (1, ("model", "continuing_subword_prefix"), "#" * 9),  # a panic in loading
 }
 
 
