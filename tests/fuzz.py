@@ -126,7 +126,9 @@ ABSURD = ["-1", "0", "1", "2.5", "1e400", "-1e400", "NaN", "1000000000000", "9" 
 
 
 def nodes(value, path=()):
-    """The paths of all values inside."""
+    """The paths of all values inside, down to 20 levels."""
+    if len(path) == 20:
+        return [path]
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path] + [deeper for key, child in items for deeper in nodes(child, (*path, key))]
 
