@@ -181,6 +181,8 @@ def reproduce(name, args):
 def demo(args):
     """The demo as README's first command runs it."""
     found, timing = run(Path(args.out) / "demo", ["--demo"], 1)
+    for path in ("model", "glue"):  # where the demo's files happened to be
+        del found["settings"][path]
     about = facts("demo", "The demo: a toy grammar, 3 seeds.", args, timing, timing["seconds"])
     write("demo", about | {"table": (Path(args.out) / "demo" / "results.md").read_text(), "results": found}, args)
 
