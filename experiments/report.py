@@ -317,7 +317,7 @@ def schematic(plt):
     g = np.array([[1.0, 0.15], [-0.75, 0.95]])
     dot = g[0] @ g[1]
     v = np.array([g[0] - dot / (g[1] @ g[1]) * g[1], g[1] - dot / (g[0] @ g[0]) * g[0]])
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.9))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.3))
     panels = [("two tasks' gradients of one factor:\nmore than 90° apart", g, None),
               ("joint training adds them:\nmuch of both is lost", g, g.sum(0)),
               ("Ortho-LoRA first takes from each\nwhat points against the other", v, v.sum(0))]  # fmt: skip
@@ -336,7 +336,7 @@ def schematic(plt):
             axis.annotate("", total, (0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2.4})
             axis.text(*(total * 1.08 + [0.09, 0.02]), "sum", ha="center", va="center")
         axis.set(xlim=(-1.1, 1.35), ylim=(-0.25, 1.75), aspect="equal", title=title)
-        axis.title.set_fontsize(9.5)
+        axis.title.set_fontsize(9)
         axis.axis("off")
     figure.tight_layout()
     return "schematic", figure
