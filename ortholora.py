@@ -56,6 +56,17 @@ def projection_coefficients(gram, order):
     return C
 
 
+def balancing_scales(gram):
+    """s_i = mean_j |g_j| / |g_i|, so that every s_i g_i has the same norm over all blocks: (blocks, T, T) -> (T,).
+
+    Not in the paper. Without it a task moves the adapter as far as its gradient is long, and one with short gradients
+    is drowned by the others, in conflict or not. v_i is proportional to g_i and does not depend on how long the other
+    g_j are, so scaling the gradients before projection, or what it made of them, is the same.
+    """
+    norms = gram.diagonal(dim1=1, dim2=2).sum(0).sqrt()  # (T,)
+    return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # a zero gradient stays one
+
+
 def combine(grads, weights, out=None):
     """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
     out = torch.mul(grads[:, 0], weights[:, 0, None], out=out)
@@ -133,9 +144,12 @@ class OrthoLoRA:
     is PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
     weights: one number per task, g_t = w_t dL_t (default 1). generator: draws the random order (on the CPU).
     sequential: hold v_i against v_j, not g_j; only for comparison, it runs the textbook block by block.
+    balance: write sum_i s_i v_i, s_i of `balancing_scales`, which leaves no say to `weights` but in the scale of all.
+    surgery=False: project nothing, v_i = g_i; to balance alone, or to watch the conflicts of joint training.
     """
 
-    def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False):
+    def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False, balance=False,
+                 surgery=True):  # fmt: skip
         self.blocks = [list(block) for block in blocks]
         parameters = [p for block in self.blocks for p in block]
         if not parameters or not all(self.blocks):
@@ -149,6 +163,7 @@ class OrthoLoRA:
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
         self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
+        self.balance, self.surgery = balance, surgery
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
 
         # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
@@ -229,16 +244,18 @@ class OrthoLoRA:
         stacks = self._stacked()
         with full_float32(self.rows.device):
             gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)
+            scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
             update = self.rows.new_empty(self.rows.shape[1])  # (P,)
             if self.sequential:
                 v = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in stacks]
-                torch.cat([x.sum(1).flatten() for x in v], out=update)
+                torch.cat([(x * scales[:, None]).sum(1).flatten() for x in v], out=update)
                 gone = torch.cat([(g - x).square().sum(2) for g, x in zip(stacks, v, strict=True)])  # (blocks, T)
             else:
                 if gram.is_cuda:  # from pinned memory the copy waits for nothing
                     order = order.pin_memory().to(gram.device, non_blocking=True)
                 C = projection_coefficients(gram, order)
-                weights = C.sum(1).split([k for k, _ in self.by_size])  # sum_i v_i = sum_j (sum_i C_ij) g_j
+                weights = (scales[:, None] * C).sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
+                weights = weights.split([k for k, _ in self.by_size])
                 for g, w, part in zip(stacks, weights, update.split([k * n for k, n in self.by_size]), strict=True):
                     combine(g, w, out=part.view(len(g), -1))
                 D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # v_i - g_i = sum_j D_ij g_j
@@ -251,6 +268,8 @@ class OrthoLoRA:
     def random_order(self):
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
         T = self.num_tasks
+        if not self.surgery:
+            return torch.empty(T, 0, dtype=torch.long)  # nobody meets anybody
         draws = torch.rand(T, T - 1, generator=self.generator).argsort(1)  # (T, T - 1), each row a permutation
         return draws + (draws >= torch.arange(T)[:, None])  # task i's leaves i out
 

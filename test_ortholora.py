@@ -313,6 +313,64 @@ def test_combine_adds_from_first_to_last():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Balance
+
+
+def test_balance_by_hand():
+    # Over both blocks |g1| = 5 and |g2| = sqrt(2 + 7) = 3, mean 4: s = (4/5, 4/3). In A they conflict, as at the top,
+    # v1 = (1.5, 1.5) and v2 = (0, 1); in B they agree.
+    A, B = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    grads = [[torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([-1.0, 1.0]), torch.tensor([7**0.5])]]
+    ortho = OrthoLoRA([[A], [B]], 2, balance=True)
+    collect(ortho, [A, B], grads)
+    ortho.project()
+    torch.testing.assert_close(A.grad, torch.tensor([1.2, 1.2 + 4 / 3]))
+    torch.testing.assert_close(B.grad, torch.tensor([3.2 + 4 / 3 * 7**0.5]))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("T", range(1, 9))
+def test_balance_is_projection_of_the_scaled_gradients(T, sequential):
+    shapes = SHAPES[:-1] if sequential else SHAPES  # in one dimension v_j may be all rounding error, and is a reference
+    parameters, ortho, grads = make(T, shapes, balance=True, sequential=sequential)
+    grads = [[10.0**-t * g for g in task] for t, task in enumerate(grads)]
+    order = ortho.random_order()
+    collect(ortho, parameters, grads)
+    ortho.project(order)
+    norms = torch.stack([torch.cat([g.flatten() for g in task]).norm() for task in grads])  # over all blocks
+    scaled = [[norms.mean() / norm * g for g in task] for norm, task in zip(norms, grads, strict=True)]
+    for block, rows in zip(ortho.blocks, rows_of_blocks(ortho, parameters, scaled), strict=True):
+        expected = project_conflicting(rows, order.tolist(), sequential).sum(0)
+        assert (update_of(block) - expected).norm() <= 1e-5 * rows.norm(dim=1).sum()
+
+
+def test_balance_alone():
+    parameters, ortho, grads = make(3, balance=True, surgery=False)
+    grads[1] = [0 * g for g in grads[1]]  # a task without a gradient takes no part
+    grads[2] = [-4 * g for g in grads[0]]  # and opposite ones of the same size cancel, unprojected
+    collect(ortho, parameters, grads)
+    conflicts = ortho.project()
+    assert all(p.grad.abs().max() <= 1e-6 * g.norm() for p, g in zip(parameters, grads[2], strict=True))
+    assert conflicts.conflicts[:, 0, 2].all() and not conflicts.removed.any()  # they are seen, and nothing is taken
+
+
+def test_without_surgery_or_balance_it_is_the_sum_to_the_bit():
+    parameters, ortho, grads = make(2, surgery=False)
+    collect(ortho, parameters, grads)
+    assert ortho.project().conflicts.any()
+    assert all(torch.equal(p.grad, a + b) for p, a, b in zip(parameters, *grads, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_balance_lets_what_is_not_finite_through(bad):
+    parameters, ortho, grads = make(2, balance=True)
+    grads[1][0][0] = bad
+    collect(ortho, parameters, grads)
+    ortho.project()
+    assert not torch.isfinite(parameters[0].grad).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Statistics
 
 

@@ -114,6 +114,7 @@ class Settings:
     sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow, "
                             "pair by pair")
     combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
+    balance: bool = setting(False, "scale the tasks' gradients of the adapter to one norm, for joint too")
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
     # LoRI
     a_init: str = setting("uniform", "LoRI's frozen A: Kaiming-uniform, or Gaussian", choices=["uniform", "gaussian"])
@@ -224,6 +225,10 @@ def check(s):
         raise BadInput(f"--disjoint needs --continual, and {len(tasks)} masks of --sparsity {s.sparsity} to fit into B")
     if "lori-ortho" in methods and "B" not in s.factors:
         raise BadInput(f"--factors {s.factors}: lori-ortho trains B alone, so it would project nothing")
+    if s.balance and (s.continual or not {"joint", *PROJECTED} & set(methods)):
+        raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give joint, {', '.join(PROJECTED)}")
+    if s.balance and s.task_weights:
+        raise BadInput("--balance gives every task the same weight: leave out --task-weights")
     seeds = numbers(s.seeds, int, "--seeds")
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**63:
         raise BadInput(f"--seeds {s.seeds}: give each seed once, and none of 2^63 or more")
@@ -456,7 +461,7 @@ def build(method, encoder, tasks, seed, s):
 
 def projected_blocks(model, method, s):
     """The blocks for `OrthoLoRA`, and a name for each: a factor's path, or the roles in it."""
-    if method not in PROJECTED:
+    if method not in PROJECTED and not (method == "joint" and s.balance):
         return [], []
     layers = lora.lora_layers(model.encoder)
     paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
@@ -552,13 +557,14 @@ def rate_at(step, s):
 
 
 def projection(method, model, tasks, seed, s):
-    """The method's OrthoLoRA, or None where the tasks' gradients just add up."""
+    """The method's OrthoLoRA (for joint with --balance one that only scales), or None where gradients just add up."""
     blocks, _ = projected_blocks(model, method, s)
     if not blocks:
         return None
     share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" else None
     generator = torch.Generator().manual_seed(seed)
-    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
+    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential,
+                     balance=s.balance, surgery=method in PROJECTED)  # fmt: skip
 
 
 def gradients(model, tasks, parts, ortho, s):

@@ -49,7 +49,7 @@ from glue import encode, load_tokenizer  # noqa: E402
 from lora import add_lora, replace_module  # noqa: E402
 from model import FAMILIES, Config, Encoder, MultiTaskModel, load_encoder  # noqa: E402
 
-SECONDS, CONSTANT, GROWTH = 5, 16 << 20, 128 << 20
+SECONDS, CONSTANT, GROWTH, PART = 5, 16 << 20, 128 << 20, 10_000
 MESSAGE = {"tokenizer": 10**6}  # characters; 1000 for the others: what `tokenizers` says quotes the file
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 
@@ -345,15 +345,17 @@ class Fuzz:
                 print(f"{number + 1}, {done / (time.time() - begin):.0f} a second", flush=True)
         return None
 
-    def __str__(self):
-        lines = [f"{'kind':<15}{'tried':>8}{'loaded':>8}{'refused':>8}{'worst s':>9}{'worst MB':>9}"]
-        for kind, (tried, loaded, refused, seconds, peak) in self.table.items():
-            lines.append(f"{kind:<15}{tried:>8}{loaded:>8}{refused:>8}{seconds:>9.2f}{peak / 1e6:>9.2f}")
-        return "\n".join(lines)
+
+def listing(table):
+    """A table {kind: [tried, loaded, refused, worst seconds, worst bytes]} as text."""
+    lines = [f"{'kind':<15}{'tried':>8}{'loaded':>8}{'refused':>8}{'worst s':>9}{'worst MB':>9}"]
+    for kind, (tried, loaded, refused, seconds, peak) in table.items():
+        lines.append(f"{kind:<15}{tried:>8}{loaded:>8}{refused:>8}{seconds:>9.2f}{peak / 1e6:>9.2f}")
+    return "\n".join(lines)
 
 
-def child(args, folder, current):
-    """All cases, in a process that may die of them. Returns the exit status."""
+def child(args, numbers, folder, current, report):
+    """Some of the cases, in a process that may die of them; its table goes to `report`. Returns the exit status."""
     torch.set_num_threads(1)
     if args.only is None:  # where `tokenizers` panics, it says so there too
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -367,13 +369,33 @@ def child(args, folder, current):
         current[:8] = number.to_bytes(8, "little")
         signal.setitimer(signal.ITIMER_VIRTUAL, 4 * SECONDS)  # processor time; then SIGVTALRM ends the process
 
-    numbers = range(args.first, args.count) if args.only is None else [args.only]
-    failed = fuzz.run(numbers, now, report=max(1, args.count // 20))
+    failed = fuzz.run(numbers, now, report=5000)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"\n{fuzz}\nthe process grew by {grown:.0f} MiB at most")
+    report.write_text(json.dumps({"table": fuzz.table, "grown": grown}))
     if failed:
         print(f"\ncase {failed[0]} of seed {args.seed} failed (--seed {args.seed} --only {failed[0]})\n{failed[1]}")
     return 1 if failed else 0
+
+
+def forked(args, numbers, folder):
+    """`child` in a process of its own: (exit status, what it reports or None)."""
+    current, report = mmap.mmap(-1, 8), folder / "report.json"
+    report.unlink(missing_ok=True)
+    shutil.rmtree(folder / "files", ignore_errors=True)
+    if not (pid := os.fork()):
+        status = 1
+        try:
+            status = child(args, numbers, folder / "files", current, report)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status < 0:
+        number = int.from_bytes(current[:8], "little")
+        print(f"case {number} of seed {args.seed} ended the process: {signal.Signals(-status).name}")
+    return status, json.loads(report.read_text()) if report.exists() else None
 
 
 def main():
@@ -385,23 +407,23 @@ def main():
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # each file is written twice
-    current, folder, begin = mmap.mmap(-1, 8), tempfile.mkdtemp(prefix="fuzz", dir=memory), time.time()
-    if not (pid := os.fork()):
-        status = 1
-        try:
-            status = child(args, Path(folder), current)
-        except BaseException:
-            traceback.print_exc(file=sys.stdout)
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status < 0:
-        number = int.from_bytes(current[:8], "little")
-        print(f"case {number} of seed {args.seed} ended the process: {signal.Signals(-status).name}")
-    print(f"{time.time() - begin:.0f} s in all" + (f"; the files are in {folder}" if args.only is not None else ""))
+    folder, begin = Path(tempfile.mkdtemp(prefix="fuzz", dir=memory)), time.time()
+    numbers = range(args.first, args.count) if args.only is None else [args.only]
+    table, grown, status = {kind: [0, 0, 0, 0.0, 0] for kind in KINDS}, 0, 0
+    for i in range(0, len(numbers), PART):  # a process grows, and GROWTH is meant for one file
+        status, said = forked(args, numbers[i : i + PART], folder)
+        for kind, row in (said["table"] if said else {}).items():
+            table[kind] = [a + b for a, b in zip(table[kind][:3], row[:3], strict=True)] + [
+                max(a, b) for a, b in zip(table[kind][3:], row[3:], strict=True)]  # fmt: skip
+        grown = max(grown, said["grown"] if said else 0)
+        if status:
+            break
+    print(f"\n{listing(table)}\na process of {PART:,} cases grew by {grown:.0f} MiB at most")
+    print(f"{time.time() - begin:.0f} s in all")
     if args.only is None:
         shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"the files are in {folder}/files")
     sys.exit(1 if status else 0)
 
 

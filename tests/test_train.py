@@ -211,15 +211,25 @@ compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile nee
 
 
 @pytest.mark.parametrize("flags", ["--task-weights 1,2,3", "--task-weights 1,1,2 --factors B --combine mean",
-                                   pytest.param("--compile", marks=compiler)])
+                                   "--balance", pytest.param("--compile", marks=compiler)])
 def test_stacked_is_the_loop(run, tmp_path, flags):
     # The demo's encoder has no dropout, so the two must agree.
     methods = ["joint", "ortho"] if "compile" in flags else ["single", "joint", "ortho", "lori-ortho"]
-    for how, more in (("loop", flags if "weights" in flags else ""), ("stacked", flags)):
+    for how, more in (("loop", flags if "compile" not in flags else ""), ("stacked", flags)):
         text = f"{SGD} --methods {','.join(methods)} --per-task {how} {more}"
         assert run(text, out=tmp_path / how)[0] == 0
         assert json.loads((tmp_path / how / "results.json").read_text())["settings"]["per_task"] == how
     assert_same_run(tmp_path / "loop", tmp_path / "stacked", methods)
+
+
+def test_balance_changes_shared_adapters_alone(run, tmp_path):
+    methods = ["single", "joint", "ortho"]
+    for name, flag in ("plain", ""), ("balanced", "--balance"):
+        assert run(f"{SGD} --methods {','.join(methods)} {flag}", out=tmp_path / name)[0] == 0
+    plain, balanced = adapters(tmp_path / "plain", methods), adapters(tmp_path / "balanced", methods)
+    assert [torch.equal(plain[m], balanced[m]) for m in methods] == [True, False, False]
+    found = json.loads((tmp_path / "balanced/results.json").read_text())["methods"]
+    assert found["joint"]["0"]["conflicts"]["removed"] == 0 < found["ortho"]["0"]["conflicts"]["removed"]
 
 
 @pytest.mark.parametrize("size, how", [(5, "loop"), (1, "stacked"), (1, "loop")])  # shares of 3 and 2; of 1 and 0
@@ -534,6 +544,8 @@ def test_submission(finished, demo, tmp_path, capsys):
     ("--continual --disjoint --sparsity 0.3", "2 masks of --sparsity 0.3"),
     ("--tasks sst2 --methods single,lora-merged", "nothing to merge"),
     ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
+    ("--methods single,head --balance", "--balance: no shared adapter"),
+    ("--balance --task-weights 1,2", "leave out --task-weights"),
     ("--seeds 9223372036854775808", "2^63"),
     ("--demo", "--demo brings its own"),
     ("--evaluate nowhere", "--evaluate nowhere"),
