@@ -95,79 +95,111 @@ def averages(runs):
 
 
 def comparison(r):
-    """main, three, seven: every method against joint training, paired by seed."""
+    """main, three, seven, balance: every method against joint training, paired by seed."""
     runs = {row: next(iter(methods.values())) for row, methods in r["runs"].items()}
-    average, tasks = averages(runs), r["tasks"]
-    gap = average["single"] - average["joint"]
-    rows = [["method", *tasks, "average", "− joint, 95 % interval", "share of the gap, 95 %", "lr"]]
+    average, tasks, projected = averages(runs), r["tasks"], ("pcgrad", "ortho")
+    gap = average["single"] - average["joint"] if "single" in average else None
+    of_gap = ["share of the gap, 95 %"] if gap is not None else []
+    rows = [["method", *tasks, "average", "− joint, 95 % interval", *of_gap, "lr"]]
     guess = next(iter(r["majority"].values()))
     rows.append(["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}",
-                 "", "", ""])  # fmt: skip
+                 *[""] * (len(rows[0]) - len(tasks) - 2)])  # fmt: skip
     for row, entries in runs.items():
         gain = average[row] - average["joint"]
+        part = [] if gap is None else [share(gain, gap) if row in projected else ""]
         rows.append([row, *(mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks),
-                     mean_and_spread(average[row]), "" if row == "joint" else signed(interval(gain)),
-                     share(gain, gap) if row in ("pcgrad", "ortho") else "", f"{r['chosen'][row]:g}"])  # fmt: skip
-    there = verdict(interval(gap), "joint training loses to one adapter per task", "joint training beats one adapter "
-                    "per task", "no difference between joint training and one adapter per task is shown")  # fmt: skip
-    lines = [f"- The gap: {there} (single − joint {signed(interval(gap))} points)."]
-    for row, than in (("ortho", "joint"), ("pcgrad", "joint"), ("ortho", "pcgrad")):
-        found = interval(average[row] - average[than])
+                     mean_and_spread(average[row]), "" if row == "joint" else signed(interval(gain)), *part,
+                     f"{r['chosen'][row]:g}"])  # fmt: skip
+    lines = []
+    if gap is not None:
+        there = verdict(interval(gap), "joint training loses to one adapter per task", "joint training beats one "
+                        "adapter per task", "no difference between joint training and one adapter per task is "
+                        "shown")  # fmt: skip
+        lines.append(f"- The gap: {there} (single − joint {signed(interval(gap))} points).")
+    for row, than in itertools.combinations([row for row in runs if row not in ("head", "single")], 2):
+        found = interval(average[than] - average[row])
         words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
-        lines.append(f"- `{row}` {words} `{than}` ({signed(found)} points).")
-    seen = [e["conflicts"] for e in runs["ortho"].values()]
+        lines.append(f"- `{than}` {words} `{row}` ({signed(found)} points).")
+    seen = [e["conflicts"] for e in list(runs.values())[-1].values()]
     pairs = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
     lines.append(f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
                  f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
                  f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
                  + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(pairs.items(), key=lambda p: -p[1]))
                  + ".")  # fmt: skip
-    held = [["held out, average", *(f"{float(rate):g}" for rate in next(iter(r["held_out"].values())))]]
-    held += [[row, *(f"{x:.1f}" for x in scores.values())] for row, scores in r["held_out"].items()]
     s = r["settings"]
     how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
            f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. Each method's "
            "learning rate is the best on 300 training rows of each task that were held out, by half as many steps "
            "and one other seed:")  # fmt: skip
-    return [markdown(rows), "\n".join(lines), how, markdown(held)]
+    return [markdown(rows), "\n".join(lines), how, held_out(r)]
+
+
+def held_out(r):
+    """The table that the learning rates were chosen by."""
+    rates = sorted({float(rate) for scores in r["held_out"].values() for rate in scores})
+    rows = [["held out, average", *(f"{rate:g}" for rate in rates)]]
+    for row, scores in r["held_out"].items():
+        scores = {float(rate): f"{x:.1f}" for rate, x in scores.items()}
+        rows.append([row, *(scores.get(rate, "") for rate in rates)])
+    return markdown(rows)
+
+
+def levels(r):
+    """{p: {method: {seed: entry}}} of the conflict experiment."""
+    found = {}
+    for row, methods in r["runs"].items():
+        found.setdefault(float(row.split(": ")[0].removeprefix("p = ")), {}).update(methods)
+    return found
 
 
 def conflict(r):
     """The toy grammar: what joint training loses, and what projection brings back, by the share of contradictions."""
-    rows = [["contradictions", "head", "single", "joint", "pcgrad", "ortho", "single − joint", "ortho − joint",
-             "ortho: share of the gap"]]  # fmt: skip
-    for row, methods in r["runs"].items():
-        a = averages(methods)
-        gap, gain = a["single"] - a["joint"], a["ortho"] - a["joint"]
-        rows.append([row, *(f"{a[m].mean():.1f}" for m in ("head", "single", "joint", "pcgrad", "ortho")),
-                     signed(interval(gap), 1), signed(interval(gain), 1), share(gain, gap)])  # fmt: skip
-    gains = {row: interval(averages(m)["ortho"] - averages(m)["joint"]) for row, m in r["runs"].items()}
-    helped = [row for row, found in gains.items() if found[1] > 0]
-    hurt = [row for row, found in gains.items() if found[2] < 0]
-    words = f"`ortho` scores higher than `joint` at {', '.join(helped)}" if helped else "`ortho` scores higher nowhere"
-    words += f", lower at {', '.join(hurt)}" * bool(hurt)
-    other = [row for row in gains if row not in helped + hurt]
-    words += f"; no difference is shown at {', '.join(other)}" * bool(other)
-    rates = [np.mean([e["conflicts"]["rate"] for e in m["ortho"].values()]) for m in r["runs"].values()]
-    return [markdown(rows), f"- {words}.",
-            "- Share of task pairs in conflict, from the least p to the largest: "
-            + ", ".join(f"{100 * x:.1f} %" for x in rates) + ".",
-            f"Averages over four toy tasks, {len(r['seeds'])} seeds, 95 % intervals of paired differences in points. "
-            "One grammar and one pretrained encoder; every method at the same rate."]  # fmt: skip
+    methods = ("single", "joint", "pcgrad", "ortho")
+    rows = [["contradictions", *methods, "single − joint", "pcgrad − joint", "ortho − joint", "ortho: share of the gap",
+             "conflicts"]]  # fmt: skip
+    found = {"ortho": {}, "pcgrad": {}}
+    for p, runs in levels(r).items():
+        a = averages(runs)
+        gap = a["single"] - a["joint"]
+        for m in found:
+            found[m][f"p = {p:g}"] = interval(a[m] - a["joint"])
+        rate = np.mean([e["conflicts"]["rate"] for e in runs["ortho"].values()])
+        rows.append([f"p = {p:g}", *(mean_and_spread(a[m]) for m in methods), signed(interval(gap), 1),
+                     *(signed(found[m][f"p = {p:g}"], 1) for m in ("pcgrad", "ortho")),
+                     share(a["ortho"] - a["joint"], gap), f"{100 * rate:.1f} %"])  # fmt: skip
+    lines = []
+    for m, gains in found.items():
+        where = {"scores higher than": [], "scores lower than": [], "is not shown to differ from": []}
+        for p, gain in gains.items():
+            where[verdict(gain, *where)].append(p)
+        lines.append(f"- `{m}` " + "; ".join(f"{words} `joint` at {', '.join(at)}" for words, at in where.items() if at)
+                     + ".")  # fmt: skip
+    return [markdown(rows), "\n".join(lines),
+            f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
+            "deviation), 95 % intervals of paired differences in points; each row's rate chosen on 300 held-out rows "
+            "of each task by two other seeds. One grammar and one pretrained encoder."]  # fmt: skip
 
 
 def matters(r):
     """Variants of the method on the toy grammar, each against joint training in its own setting."""
-    rows = [["variant", "average", "− joint, 95 % interval", "conflicts", "norm removed"]]
+    rows = [["variant", "average", "− joint, 95 % interval", "conflicts", "norm removed", "lr"]]
     average = {row: averages(methods).popitem()[1] for row, methods in r["runs"].items()}
     for row, x in average.items():
-        base = next((b for b in ("joint, SGD", "joint, batch 4", "joint, batch 64") if row.endswith(b[5:])), "joint")
+        base = next((f"joint, {other}" for other in ("SGD", "batch 4") if row.endswith(other)), "joint")
         seen = [e["conflicts"] for e in next(iter(r["runs"][row].values())).values() if "conflicts" in e]
-        rows.append([row, mean_and_spread(x), "" if row == base else signed(interval(x - average[base])),
+        gain = "" if row == base else signed(interval(x - average[base])) + f" ({base})" * (base != "joint")
+        rows.append([row, mean_and_spread(x), gain,
                      f"{100 * np.mean([c['rate'] for c in seen]):.1f} %" if seen else "",
-                     f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else ""])  # fmt: skip
-    return [markdown(rows), f"The toy grammar at p = 0.5, {len(r['seeds'])} seeds (± their standard deviation); each "
-            "variant against joint training with the same optimizer and batches."]  # fmt: skip
+                     f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else "",
+                     f"{r['chosen'][row]:g}"])  # fmt: skip
+    gap = average["single"] - average["joint"]
+    shares = [f"`{row}` {share(average[row] - average['joint'], gap)}"
+              for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")]  # fmt: skip
+    return [markdown(rows), f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
+            f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
+            "deviation); each variant against joint training with the same optimizer and batches (named where it is "
+            "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds."]  # fmt: skip
 
 
 def off_diagonal(x):
@@ -279,8 +311,9 @@ def trust(r):
             + ": exit status " + ", ".join(str(x["status"]) for x in r["tried"]) + "."]  # fmt: skip
 
 
-TABLES = {"main": comparison, "three": comparison, "seven": comparison, "conflict": conflict, "matters": matters,
-          "noise": noise, "lori": lori, "continual": continual, "demo": demo, "trust": trust}  # fmt: skip
+TABLES = {"main": comparison, "three": comparison, "seven": comparison, "balance": comparison, "conflict": conflict,
+          "matters": matters, "noise": noise, "lori": lori, "continual": continual, "demo": demo,
+          "trust": trust}  # fmt: skip
 
 
 def table(path):
@@ -364,11 +397,11 @@ def figure_main(plt, r):
 
 def figure_conflict(plt, r):
     """The gap, and what is left of it, against the share of contradictions."""
-    p = [float(row.split("= ")[1]) for row in r["runs"]]
+    p = list(levels(r))
     figure, axis = plt.subplots(figsize=(6.5, 2.8))
     for method, color, name in (("single", RED, "single − joint: the gap"), ("ortho", BLUE, "ortho − joint"),
                                 ("pcgrad", GREY, "pcgrad − joint")):  # fmt: skip
-        found = np.array([interval(averages(m)[method] - averages(m)["joint"]) for m in r["runs"].values()])
+        found = np.array([interval(averages(m)[method] - averages(m)["joint"]) for m in levels(r).values()])
         axis.fill_between(p, found[:, 1], found[:, 2], color=color, alpha=0.2, lw=0)
         axis.plot(p, found[:, 0], "o-", color=color, ms=4, label=name)
     axis.axhline(0, color="black", lw=0.8)

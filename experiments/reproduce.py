@@ -81,10 +81,15 @@ EXPERIMENTS = {
             "single": "single", "joint": "joint", "ortho": "ortho", "ortho, by role": "ortho --unit role",
             "pcgrad": "pcgrad", "ortho, A alone": "ortho --factors A", "ortho, B alone": "ortho --factors B",
             "ortho, sequential": "ortho --sequential", "lori-ortho": "lori-ortho",
+            "joint, balanced": "joint --balance", "ortho, balanced": "ortho --balance",
             "joint, SGD": "joint --optimizer sgd", "ortho, SGD": "ortho --optimizer sgd",
             "joint, batch 4": "joint --batch-size 4", "ortho, batch 4": "ortho --batch-size 4",
-            "joint, batch 64": "joint --batch-size 64", "ortho, batch 64": "ortho --batch-size 64",
-        }.items()}, TOY, 6, {"": TOY_RATES, "joint, SGD": SGD_RATES, "ortho, SGD": SGD_RATES}, toy={"": 0.5}),
+        }.items()}, TOY, 8, {"": TOY_RATES, "joint, SGD": SGD_RATES, "ortho, SGD": SGD_RATES}, toy={"": 0.5}),
+    "balance": Experiment(
+        "Beyond the paper: every task's gradient at one norm, with and without projection. The main table's tasks.",
+        {"joint": "--methods joint", "joint, balanced": "--methods joint --balance",
+         "ortho, balanced": "--methods ortho --balance"},
+        f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}", 5, RATES, full=FULL),
     "lori": Experiment(
         "LoRI: a frozen A and a sparse B, alone and merged.",
         {"LoRA": LORI["LoRA"].format(",lora-merged --own-a"),
