@@ -4,7 +4,8 @@
     python experiments/report.py --check    says where the README or a table differs from the results, and ends with 1
 
 A block of the README stands between <!-- experiments/results/….md --> and <!-- end -->, and is that file, word for
-word; no number of an experiment stands elsewhere. Figures need matplotlib and carry their results' checksum.
+word, up to where it says <!-- more -->; no number of an experiment stands elsewhere. Figures need matplotlib and carry
+their results' checksum.
 """
 
 import argparse
@@ -24,6 +25,8 @@ RESULTS, README = ROOT / "experiments" / "results", ROOT / "README.md"
 sys.path.insert(0, str(ROOT))
 
 from train import markdown, mean_and_spread  # noqa: E402
+
+MORE = "<!-- more -->"  # what follows it in a results.md is not for the README
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -130,9 +133,9 @@ def comparison(r):
     s = r["settings"]
     how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
            f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. Each method's "
-           "learning rate is the best on 300 training rows of each task that were held out, by half as many steps "
-           "and one other seed:")  # fmt: skip
-    return [markdown(rows), "\n".join(lines), how, held_out(r)]
+           "learning rate is the best of three on 300 training rows of each task that were held out, by half as many "
+           "steps and one other seed.")  # fmt: skip
+    return [markdown(rows), "\n".join(lines), how, MORE, held_out(r)]
 
 
 def held_out(r):
@@ -178,7 +181,7 @@ def conflict(r):
     return [markdown(rows), "\n".join(lines),
             f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
             "deviation), 95 % intervals of paired differences in points; each row's rate chosen on 300 held-out rows "
-            "of each task by two other seeds. One grammar and one pretrained encoder."]  # fmt: skip
+            "of each task by two other seeds. One grammar and one pretrained encoder.", MORE, held_out(r)]  # fmt: skip
 
 
 def matters(r):
@@ -199,7 +202,8 @@ def matters(r):
     return [markdown(rows), f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
             f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
             "deviation); each variant against joint training with the same optimizer and batches (named where it is "
-            "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds."]  # fmt: skip
+            "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds.", MORE,
+            held_out(r)]  # fmt: skip
 
 
 def off_diagonal(x):
@@ -319,7 +323,47 @@ TABLES = {"main": comparison, "three": comparison, "seven": comparison, "balance
 def table(path):
     """The text of results.md for a results.json."""
     r = json.loads(path.read_text())
-    return "\n\n".join([*TABLES[r["experiment"]](r), source(r)]) + "\n"
+    parts = TABLES[r["experiment"]](r)
+    parts.insert(parts.index(MORE) if MORE in parts else len(parts), source(r))
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs: bench.py's files in one table
+
+
+def cost(device="cpu"):
+    """The text of cost.md: one line for each question that bench.py answers."""
+    bench = {what: json.loads((RESULTS / f"bench-{what}-{device}.json").read_text())
+             for what in ("project", "step-fp32", "step-bf16", "memory", "padding")}  # fmt: skip
+    link = {what: f"[bench-{what}](experiments/results/bench-{what}-{device}.md)" for what in bench}
+    times = {r["tasks"]: r["milliseconds"] for r in bench["project"]["results"] if "tasks" in r}
+    step = next(r["step_seconds_per_task"] for r in bench["project"]["results"] if "step_seconds_per_task" in r)
+    faster = [f"{times[T]['torchjd'] / times[T]['project']:.0f} at T = {T}" for T in (4, 8, 64)]
+    parts = [f"{times[T]['project'] / (10 * step * T):.2f} % at T = {T}" for T in (4, 8, 64)]
+    rows = [["what", "measured", "where"],
+            ["`project()`: times as fast as `torchjd`'s PCGrad on every factor", ", ".join(faster), link["project"]],
+            ["`project()`: share of a RoBERTa-base step", ", ".join(parts), "the same"]]  # fmt: skip
+    for dtype, name in (("fp32", "float32"), ("bf16", "bf16")):
+        seconds = {r["mode"]: r["seconds"] for r in bench[f"step-{dtype}"]["results"]}
+        joint = min(seconds["joint, loop"], seconds["joint, one mixed batch"])
+        own = [f"{how} {seconds[f'ortho, {how}'] / joint:.3f}" for how in ("loop", "stacked")]
+        rows.append([f"a step of `ortho` against the faster joint step, {name}", ", ".join(own),
+                     link[f"step-{dtype}"]])  # fmt: skip
+        theirs = min(x for mode, x in seconds.items() if "peft" in mode)
+        rows.append(["a joint step: times as fast as `transformers` + `peft`, " + name, f"{theirs / joint:.2f}",
+                     "the same"])  # fmt: skip
+    peaks = {r["mode"]: r["peak_bytes"] for r in bench["memory"]["results"] if "mode" in r}
+    TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)
+    loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
+    stacked = (peaks["ortho, stacked"] + TP) / peaks["joint, one mixed batch"]
+    rows.append(["peak memory of `ortho` beyond joint", f"loop {loop / TP:.2f} × 4·T·P bytes, stacked × {stacked:.3f}",
+                 link["memory"]])  # fmt: skip
+    plain, sorted_ = sorted(bench["padding"]["results"], key=lambda r: r["window"])
+    rows.append(["padding, before and after batches of alike lengths",
+                 f"{100 * plain['padding_all']:.1f} % and {100 * sorted_['padding_all']:.1f} %; tokens per second × "
+                 f"{sorted_['tokens_per_second'] / plain['tokens_per_second']:.2f}", link["padding"]])  # fmt: skip
+    return "\n".join(["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * 3, *rows[1:])]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,7 +490,7 @@ def embed(text):
         path = ROOT / match[1]
         if not path.exists():
             raise SystemExit(f"report.py: the README has a block of {match[1]}, which is not there")
-        return f"<!-- {match[1]} -->\n{path.read_text().strip()}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{path.read_text().partition(MORE)[0].strip()}\n<!-- end -->"
 
     starts = len(re.findall(r"<!-- experiments/\S+ -->", text))
     new, count = re.subn(r"<!-- (experiments/\S+\.md) -->\n.*?<!-- end -->", block, text, flags=re.S)
@@ -470,6 +514,7 @@ def main():
 
     for path in paths:
         settle(path.with_name("results.md"), table(path))
+    settle(RESULTS / "cost.md", cost())
     settle(README, embed(README.read_text()))
     results = {path.parent.name: json.loads(path.read_text()) for path in paths}
     if args.check:

@@ -223,26 +223,21 @@ def noise(args):
 def measure(encoder, tasks, s, seed=0):
     """Train jointly; mean cosine and conflict rate between the halves, (bins of steps, blocks, T, T), summed up."""
     T, model = len(tasks), train.build("joint", encoder, tasks, seed, s)
-    factors = lora.lora_parameters(model.encoder)
-    trained = [*factors, *(p for head in model.heads.values() for p in head.parameters())]
-    ortho, optimizer = OrthoLoRA(lora.blocks(model.encoder), 2 * T), torch.optim.AdamW(trained, weight_decay=0.01)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ortho = OrthoLoRA(lora.blocks(model.encoder), 2 * T, surgery=False)  # for its statistics: the gradients add up
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
     cosines = torch.zeros(BINS, len(ortho.blocks), T, T)
     rates = torch.zeros_like(cosines)
     streams = [train.draw(tasks, seed + half, s, model) for half in (0, 1)]
     for step in tqdm(range(s.steps), desc=f"rank {s.rank}", mininterval=10):
         optimizer.zero_grad()
-        total = [torch.zeros_like(p) for p in factors]
         for half, stream in enumerate(streams):
             for t, batch in enumerate(next(stream)):
                 (train.task_losses(model, batch, s)[0] / 2).backward()
-                torch._foreach_add_(total, [p.grad for p in factors])
                 ortho.collect(half * T + t)
-        seen = ortho.project()  # for its statistics: the step below is joint training's
-        across = seen.cosines[:, :T, T:].cpu()  # (blocks, T, T): task i's first batch, task j's second
+        across = ortho.project().cosines[:, :T, T:].cpu()  # (blocks, T, T): task i's first batch, task j's second
         cosines[step * BINS // s.steps] += across
         rates[step * BINS // s.steps] += (across < 0).float()
-        for p, g in zip(factors, total, strict=True):
-            p.grad = g
         torch.nn.utils.clip_grad_norm_(trained, s.clip)
         optimizer.param_groups[0]["lr"] = s.lr * train.rate_at(step, s)
         optimizer.step()
