@@ -68,6 +68,13 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def regular(path):
+    """`path`, which must be a file: a device never ends, and a pipe never begins. Raises BadInput."""
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is not a regular file")
+    return path
+
+
 MAX_JSON = 10_000_000  # bytes, of a file or a header: parsed, they take up to 30 times as much
 
 
@@ -87,7 +94,7 @@ def parse_json(text):
 
 def read_json(path):
     """The JSON object in `path`. Raises BadInput: no such file, not JSON, not an object, a key twice, too large."""
-    path = Path(path)
+    path = regular(Path(path))
     try:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"it has more than {MAX_JSON} bytes")
@@ -115,7 +122,7 @@ def read_header(path):
 
     Every claim in the header is checked against the file's size before anything is allocated. Raises BadInput.
     """
-    path = Path(path)
+    path = regular(Path(path))
 
     def bad(what):
         return BadInput(f"{path} is not a complete safetensors file: {what}")
@@ -347,7 +354,7 @@ def read_pickle(path):
     A pickle may claim more numbers than it holds (a stride of 0, a compressed archive): what it claims is looked at
     first, on the "meta" device, and may be twice the file's size, for weights that are tied.
     """
-    size = path.stat().st_size
+    size = regular(path).stat().st_size
     for device in "meta", "cpu":
         try:
             if zipfile.is_zipfile(path):
@@ -512,9 +519,10 @@ def load_adapter(model, folder, task=None):
         if tensors[name].shape != tensor.shape:
             raise BadInput(f"{where}: {name} is {tuple(tensors[name].shape)}, {task} needs {tuple(tensor.shape)}")
     of_heads = () if model.encoder.has_pooler else f"{prefix}pooler."  # BERT's, where each task trains its own
+    own = model.encoder.state_dict().keys()
     for name in sorted(tensors.keys() - head.keys()):
         inside = name.startswith(prefix) and not name.startswith(of_heads)
-        if inside or name in model.encoder.state_dict():
+        if inside or name in own:
             raise BadInput(f"{where} has {shown(name)} trained besides LoRA and the head, which can't be loaded")
 
     if head:
@@ -661,8 +669,9 @@ class Progress:
         if complaint:
             print(f"NOTICE: {complaint}; going on from the state before it", flush=True)
             self.path.unlink()  # or the next save would put it in the place of the whole one
-        for what, old in self.info["facts"].items():
-            if (new := facts.get(what)) != old:
+        began = self.info["facts"]
+        for what in began | facts:
+            if (old := began.get(what)) != (new := facts.get(what)):
                 raise BadInput(f"--resume: {what} was {old!r} and is {new!r}; an interrupted run goes on as it began")
 
     def begin(self, method, seed):

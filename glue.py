@@ -13,6 +13,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -221,7 +222,7 @@ def read_splits(name, source):
 
     Raises BadInput for a folder or task that isn't there or can't be read, HubError for all that can fail at the Hub.
     """
-    source, folder = str(source), Path(source).expanduser()
+    source, folder = str(source), Path(os.path.expanduser(source))
     if not folder.is_dir() and (looks_like_path(source) or folder.exists()):
         raise BadInput(f"there is no GLUE folder {source}")
 
@@ -266,7 +267,7 @@ def label_ids(task, values, names, where):
     if task.labels:
         ours = {label: i for i, label in enumerate(task.labels)}
         known = {i: ours.get(n) for i, n in enumerate(names)} if names else ours | {i: i for i in ours.values()}
-        ids = [known.get(value) for value in values]
+        ids = [known.get(value) if isinstance(value, int | float | str) else None for value in values]
     else:
         ids = [v if isinstance(v, int | float) and 0 <= v <= 5 else None for v in values]
     if None in ids:
@@ -324,7 +325,7 @@ def refusing(what):
 
 def load_tokenizer(folder):
     """The tokenizer in folder/tokenizer.json. Raises BadInput: no such file, or a damaged one."""
-    path = Path(folder).expanduser() / "tokenizer.json"
+    path = Path(os.path.expanduser(folder)) / "tokenizer.json"
     if not path.is_file():
         raise BadInput(f"{folder} has no tokenizer.json")
     with refusing(f"{path} can't be read as a tokenizer"):

@@ -156,7 +156,7 @@ def per_task(model, sizes):
 
         with per_task(model, sizes=[16, 16, 8]) as grads:     # the first 16 sequences are task 0's, ...
             loss = ...                                        # the sum of the tasks' losses
-        loss.backward()
+            loss.backward()                                   # in here: gradient checkpointing runs forward again
         grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
     Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and

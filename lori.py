@@ -92,6 +92,19 @@ GROUPS = {  # granularity -> the name of the group that the layer at `path` is o
 }
 
 
+def mask_sizes(model, sparsity=0.9, granularity="model"):
+    """{group: (its paths, k_g, N_g)}: what competes for a mask's entries, and how many of how many are chosen."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+    if granularity not in GROUPS:
+        raise ValueError(f"unknown granularity {granularity!r}: {', '.join(GROUPS)}")
+    groups = {}
+    for path, layer in layers_of(model).items():
+        groups.setdefault(GROUPS[granularity](path), []).append((path, layer.B.numel()))
+    sizes = {name: (*zip(*found, strict=True),) for name, found in groups.items()}  # {group: (paths, numels)}
+    return {name: (paths, round((1 - sparsity) * sum(ns)), sum(ns)) for name, (paths, ns) in sizes.items()}
+
+
 def magnitude_masks(model, sparsity=0.9, granularity="model", exclude=None):
     """Where |B| is largest: {path: bool (out, r)}, with exactly k = round((1 - sparsity) N) entries true.
 
@@ -101,10 +114,7 @@ def magnitude_masks(model, sparsity=0.9, granularity="model", exclude=None):
     exclude: masks, or a list of them, whose entries can't be used again: the new mask is disjoint. N counts them still.
     Raises ValueError: sparsity outside [0, 1), and, naming the group: a k of 0, too few entries left, a zero B.
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
-    if granularity not in GROUPS:
-        raise ValueError(f"unknown granularity {granularity!r}: {', '.join(GROUPS)}")
+    sizes = mask_sizes(model, sparsity, granularity)
     B = {path: layer.B.detach() for path, layer in layers_of(model).items()}  # (out, r) each
     free = {path: torch.ones_like(values, dtype=torch.bool) for path, values in B.items()}
     for masks in [exclude] if isinstance(exclude, dict) else exclude or []:
@@ -112,14 +122,11 @@ def magnitude_masks(model, sparsity=0.9, granularity="model", exclude=None):
         for path, mask in masks.items():
             free[path] &= ~mask.to(free[path].device)
 
-    groups = {}
-    for path in B:
-        groups.setdefault(GROUPS[granularity](path), []).append(path)
     chosen = {}
-    for name, paths in groups.items():
+    for name, (paths, k, _) in sizes.items():
         values, allowed = (torch.cat([x[path].flatten() for path in paths]) for x in (B, free))  # (N_g,)
         try:
-            mask = top_k_mask(values, round((1 - sparsity) * len(values)), allowed)
+            mask = top_k_mask(values, k, allowed)
         except ValueError as e:
             raise ValueError(f"no mask of sparsity {sparsity} for {name}: {e}") from None
         for path, part in zip(paths, mask.split([B[p].numel() for p in paths]), strict=True):

@@ -202,8 +202,9 @@ class Encoder(nn.Module):
         else:
             positions = torch.arange(length, device=input_ids.device)[None]  # (1, length)
         x = e.word_embeddings(input_ids) + e.position_embeddings(positions)  # (batch, length, width)
-        if c.segments:
-            x = x + e.token_type_embeddings(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+        if c.segments:  # with one type only, as RoBERTa has, what a tokenizer says is ignored
+            types = torch.zeros_like(input_ids) if token_type_ids is None or c.segments == 1 else token_type_ids
+            x = x + e.token_type_embeddings(types)
         x = F.dropout(e.LayerNorm(x), c.dropout, self.training)
         mask = attention_mask
         if mask is not None:

@@ -214,10 +214,13 @@ class OrthoLoRA:
         """After the one backward() of `lora.per_task`: add every task's gradient to its row.
 
         grads: {parameter: a tensor whose .grad is (T, *parameter.shape)}, or None where the loss didn't depend on it.
-        Raises RuntimeError as `collect` does, KeyError where a parameter of the blocks is not in grads.
+        Raises RuntimeError as `collect` does, and where no gradient came at all, KeyError where a parameter of the
+        blocks is not in grads.
         """
         self._check_cleared()
         found = [grads[p].grad for p in self.parameters]
+        if all(g is None for g in found):
+            raise RuntimeError("OrthoLoRA.collect_stacked: no gradient came; call backward() inside `with per_task`")
         found = [p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
                  for g, p in zip(found, self.parameters, strict=True)]  # fmt: skip
         self.rows.addcmul_(torch.cat(found, 1).to(self.rows.dtype), self.weights_column)
@@ -238,9 +241,10 @@ class OrthoLoRA:
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. A gradient that isn't finite is never
         projected away: it makes .grad not finite as well, so GradScaler skips the step as it should.
-        With one task, or no conflict, a float32 .grad is, to the bit, the rows added from first to last.
+        With one task, or no conflict, a float32 .grad is, to the bit, the rows added from first to last (but for
+        `balance`).
         """
-        order = self.random_order() if order is None else torch.as_tensor(order)
+        order = self.random_order() if order is None or not self.surgery else torch.as_tensor(order)
         stacks = self._stacked()
         with full_float32(self.rows.device):
             gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)

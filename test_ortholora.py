@@ -357,7 +357,7 @@ def test_balance_alone():
 def test_without_surgery_or_balance_it_is_the_sum_to_the_bit():
     parameters, ortho, grads = make(2, surgery=False)
     collect(ortho, parameters, grads)
-    assert ortho.project().conflicts.any()
+    assert ortho.project([[1], [0]]).conflicts.any()  # whatever order is given
     assert all(torch.equal(p.grad, a + b) for p, a, b in zip(parameters, *grads, strict=True))
 
 
@@ -539,6 +539,12 @@ def test_stacked_gradients_are_collected_as_single_ones(weights):
     stacked.project()
     with pytest.raises(RuntimeError, match="zero_grad"):
         stacked.collect_stacked(views)
+
+
+def test_stacked_without_any_gradient_is_an_error():
+    parameters, ortho, _ = make(2)
+    with pytest.raises(RuntimeError, match="backward"):  # called where per_task was over, or not at all
+        ortho.collect_stacked({p: p.detach().expand(2, *p.shape).requires_grad_() for p in parameters})
 
 
 def test_bad_arguments():

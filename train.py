@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -50,6 +51,7 @@ from checkpoint import (
     remove_state,
     save_adapter,
     save_masks,
+    shown,
     write_text,
 )
 from glue import (
@@ -139,7 +141,7 @@ class Settings:
     seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting("auto", "of the frozen encoder in training, what is trained is float32; auto: bf16 on a GPU",
+    dtype: str = setting("auto", "of the frozen encoder in training; the rest is float32. auto: bf16 on a GPU with it",
                          choices=["auto", "fp32", "bf16"])  # fmt: skip
     per_task: str = setting("auto", "a pass forward and back for each task, or one for all tasks' sequences stacked; "
                             "auto: stacked on a GPU", choices=["auto", "loop", "stacked"])  # fmt: skip
@@ -229,6 +231,8 @@ def check(s):
         raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give joint, {', '.join(PROJECTED)}")
     if s.balance and s.task_weights:
         raise BadInput("--balance gives every task the same weight: leave out --task-weights")
+    if s.balance and s.factors != "AB":
+        raise BadInput(f"--balance with --factors {s.factors}: the other factor would stay as it is; leave one out")
     seeds = numbers(s.seeds, int, "--seeds")
     if len(set(seeds)) < len(seeds) or max(seeds) >= 2**63:
         raise BadInput(f"--seeds {s.seeds}: give each seed once, and none of 2^63 or more")
@@ -240,6 +244,17 @@ def check(s):
         raise BadInput("--resume continues the training of one process: leave out torchrun, and --evaluate")
     if s.submit and not s.evaluate:
         raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
+
+
+def check_masks_fit(encoder, tasks, s):
+    """Raises BadInput where --disjoint's masks, each rounded to whole entries, are more than B has."""
+    if not (s.disjoint and "lori-s" in s.methods):
+        return
+    model = build("lori-s", encoder, tasks, 0, s)
+    for name, (_, k, n) in lori.mask_sizes(model.encoder, s.sparsity, s.granularity).items():
+        if k * len(tasks) > n:
+            raise BadInput(f"--disjoint: {len(tasks)} masks of {k} entries do not fit into the {n} of {name}; "
+                           "raise --sparsity a little")  # fmt: skip
 
 
 def check_out(out, s):
@@ -277,7 +292,9 @@ def find_device(name):
     """torch.device for --device. Raises BadInput where there is none of that kind."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and WORLD > 1:
+    if name.startswith("cuda") and WORLD > 1:
+        if name != "cuda":
+            raise BadInput(f"--device {name} under torchrun: each process takes its own; say cuda, or leave it out")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -346,13 +363,25 @@ class TaskData:
         return float(self.train_labels.var()) or 1.0
 
 
-def load_data(name, s, tokenizer):
+def tokens(tokenizer, texts, length, config):
+    """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
+    encoded = encode(tokenizer, texts, length)
+    for row, (ids, types) in enumerate(encoded):
+        known = max(ids, default=0) < config.vocabulary and max(types, default=0) < max(2, config.segments)
+        if not (0 < len(ids) <= length and known):
+            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocabulary} ids: of "
+                           f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}")  # fmt: skip
+    return encoded
+
+
+def load_data(name, s, tokenizer, config):
     """One task's training rows, and the rows to score on. Raises BadInput."""
     train = load_task(name, s.glue, "train")
-    encoded = encode(tokenizer, train.texts, s.max_length)
+    encoded = tokens(tokenizer, train.texts, s.max_length, config)
     if not s.holdout:
         test = load_task(name, s.glue, "validation")
-        return TaskData(name, encoded, train.labels, encode(tokenizer, test.texts, s.max_length), test.labels)
+        scored = tokens(tokenizer, test.texts, s.max_length, config)
+        return TaskData(name, encoded, train.labels, scored, test.labels)
     if s.holdout >= len(encoded):
         raise BadInput(f"--holdout {s.holdout}: {name} has only {len(encoded)} training rows")
     rows = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
@@ -455,7 +484,7 @@ def build(method, encoder, tasks, seed, s):
         halve(model.encoder)
     if s.compile:
         model.encoder.compile(dynamic=True)
-    torch.manual_seed(seed * WORLD + RANK)  # dropout
+    torch.manual_seed((seed * WORLD + RANK) % 2**63)  # dropout
     return model.to(device_of(encoder))
 
 
@@ -561,7 +590,7 @@ def projection(method, model, tasks, seed, s):
     blocks, _ = projected_blocks(model, method, s)
     if not blocks:
         return None
-    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" else None
+    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and method in PROJECTED else None
     generator = torch.Generator().manual_seed(seed)
     return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential,
                      balance=s.balance, surgery=method in PROJECTED)  # fmt: skip
@@ -574,7 +603,7 @@ def gradients(model, tasks, parts, ortho, s):
         stacked = ortho and len(batch.tasks) > 1
         with lora.per_task(model.encoder, batch.sizes) if stacked else contextlib.nullcontext() as grads:
             found = task_losses(model, batch, s)
-        sum(data.weight * loss for data, loss in zip(batch.tasks, found, strict=True)).backward()
+            sum(data.weight * loss for data, loss in zip(batch.tasks, found, strict=True)).backward()
         places = [tasks.index(data) for data in batch.tasks]
         if stacked:
             ortho.collect_stacked(grads)
@@ -1075,7 +1104,7 @@ def prepare(s, device):
     if tokenizer.get_vocab_size() > encoder.config.vocabulary:
         raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
                        f"{encoder.config.vocabulary}")  # fmt: skip
-    tasks = [load_data(name, s, tokenizer) for name in names(s.tasks, TASKS, "task")]
+    tasks = [load_data(name, s, tokenizer, encoder.config) for name in names(s.tasks, TASKS, "task")]
     for data, weight in zip(tasks, numbers(s.task_weights, float, "") if s.task_weights else (), strict=False):
         data.weight = weight
     return encoder.to(device), tasks
@@ -1090,12 +1119,14 @@ def compare(s):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         torch.use_deterministic_algorithms(True)
     cuda = device.type == "cuda"
-    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if cuda else "fp32"
+    fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
     s.per_task = s.per_task if s.per_task != "auto" else "stacked" if cuda else "loop"
     asked, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
     methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
     encoder, tasks = prepare(s, device)
     seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
+    check_masks_fit(encoder, tasks, s)
     out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}", s)
     s.out = str(out)
     for data in tasks:
@@ -1171,7 +1202,9 @@ def evaluate(s, given):
         if task not in TASKS:
             raise BadInput(f"{adapter} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
         config = read_json(adapter / "adapter_config.json")
-        base = given.get("model") or str(config.get("base_model_name_or_path", s.model))
+        base = given.get("model") or config.get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
+            raise BadInput(f"{adapter} does not say its base model; give it with --model")
         source = given.get("glue") or metadata.get("glue", s.glue)
         revision = given.get("revision") or metadata.get("revision", s.revision)
         length = given.get("max_length") or metadata.get("max_length", s.max_length)
@@ -1180,8 +1213,8 @@ def evaluate(s, given):
             checkpoint = find_checkpoint(base, revision)
             loaded[base, revision] = load_encoder(checkpoint, quiet=True), load_tokenizer(checkpoint)
         encoder, tokenizer = loaded[base, revision]
-        if not str(length).isdecimal() or not 8 <= int(length) <= encoder.config.max_length:
-            raise BadInput(f"--max-length {length}: {base} takes 8 to {encoder.config.max_length} tokens")
+        if not re.fullmatch("[0-9]{1,9}", str(length)) or not 8 <= int(length) <= encoder.config.max_length:
+            raise BadInput(f"--max-length {shown(length)}: {base} takes 8 to {encoder.config.max_length} tokens")
         model = MultiTaskModel(copy.deepcopy(encoder), {})
         model.add_head(task, TASKS[task].outputs)
         load_adapter(model, adapter, task)
@@ -1190,7 +1223,8 @@ def evaluate(s, given):
         available = read_splits(task, source)
         for split in [split for split in TASKS[task].validation if split in available]:
             examples = load_task(task, source, split)
-            scores = score(task, predict(model, task, encode(tokenizer, examples.texts, int(length))), examples.labels)
+            encoded = tokens(tokenizer, examples.texts, int(length), encoder.config)
+            scores = score(task, predict(model, task, encoded), examples.labels)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
             rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
     print(markdown(rows))
@@ -1203,7 +1237,7 @@ def evaluate(s, given):
                 if name != "ax":
                     raise
                 continue  # the diagnostic set, which MNLI's adapter answers too, need not be there
-            predictions = predict(model, task, encode(tokenizer, examples.texts, length))
+            predictions = predict(model, task, tokens(tokenizer, examples.texts, length, model.encoder.config))
             print("wrote", write_submission(s.submit, name, predictions, split))
 
 
@@ -1222,7 +1256,7 @@ def main(argv=None):
             try:
                 return compare(s)
             except HubError as e:
-                if not bare:
+                if not bare or WORLD > 1:  # other processes may have got what this one has not
                     raise
                 print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
                       "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
@@ -1247,6 +1281,7 @@ def main(argv=None):
         return 1
     except Stopped as stopped:
         more = ["--resume"] * (not s.resume) + ["--out", s.out] * ("out" not in given)
+        more += ["--demo"] * (s.demo and "demo" not in given)
         again = shlex.join([*(sys.argv[1:] if argv is None else argv), *more])
         print(f"\ntrain.py: stopped, and saved; go on with: python train.py {again}", file=sys.stderr)
         return 128 + stopped.args[0]

@@ -323,7 +323,7 @@ def bench_padding(args, device):
     base = train.Settings(glue=args.glue, batch_size=args.batch_size, max_length=args.length, dtype=args.dtype,
                           per_task="loop")  # fmt: skip
     names = args.tasks_named.split(",")
-    tasks = [train.load_data(name, base, tokenizer) for name in names]
+    tasks = [train.load_data(name, base, tokenizer, encoder.config) for name in names]
     rows = [["batches", *(f"{name}: padding" for name in names), "all: padding", "stacked: padding",
              "real tokens / s", "against plain"]]  # fmt: skip
     streams, found = {}, {}

@@ -499,6 +499,18 @@ def embed(text):
     return new
 
 
+def point(text):
+    """The README with every link to a function, [`name`](file.py#L1), at the line where it stands."""
+
+    def line(match):
+        name, file = match[1], match[2]
+        lines = (ROOT / file).read_text().splitlines()
+        found = [n for n, x in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", x)]
+        return f"[`{name}`]({file}#L{found[0]})" if found else match[0]
+
+    return re.sub(r"\[`([\w.]+)`\]\((\w+\.py)#L\d+\)", line, text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
@@ -515,7 +527,7 @@ def main():
     for path in paths:
         settle(path.with_name("results.md"), table(path))
     settle(RESULTS / "cost.md", cost())
-    settle(README, embed(README.read_text()))
+    settle(README, point(embed(README.read_text())))
     results = {path.parent.name: json.loads(path.read_text()) for path in paths}
     if args.check:
         for name in re.findall(r"\(experiments/results/(\w+)\.svg\)", README.read_text()):

@@ -175,6 +175,16 @@ def test_adapter_configs(change, files):
     refused(load_adapter, fuzz.tiny("roberta"), path.parent, "rte", naming=path.parent)
 
 
+def test_adapter_with_many_tensors_of_nothing(files):
+    path = files / "roberta/adapter/adapter_model.safetensors"
+    empty = {f"base_model.model.x{i}": torch.zeros(0) for i in range(20_000)}
+    write_safetensors(path, read_safetensors(path) | empty)
+    load_adapter(fuzz.tiny("roberta"), path.parent, "rte")  # they are nobody's, and ignored
+    begin = time.process_time()
+    load_adapter(fuzz.tiny("roberta"), path.parent, "rte")
+    assert time.process_time() - begin < 2
+
+
 def test_adapter_with_a_layer_under_two_names(files):
     path = files / "roberta/adapter" / fuzz.ADAPTER
     tensors = read_safetensors(path)
@@ -244,6 +254,18 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
     assert read_weights(folder)["a"].tolist() == [1, 1]
     index(folder, "y" * 5000)
     refused(read_weights, folder, naming=folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json",
+                                  "pytorch_model.bin", "tokenizer.json"])  # fmt: skip
+@pytest.mark.parametrize("what", ["endless", "pipe"])
+def test_what_is_no_file_is_not_read(files, file, what):
+    """A device that never ends, a pipe that never begins."""
+    folder = files / ("tokenizer0" if file == "tokenizer.json" else "bert")
+    for name in ("model.safetensors", file):
+        (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / file) if what == "pipe" else (folder / file).symlink_to("/dev/zero")
+    refused(load_tokenizer if file == "tokenizer.json" else load_encoder, folder, naming=folder)
 
 
 def test_links_of_the_hub_s_cache_are_followed(tmp_path):

@@ -124,6 +124,15 @@ def test_longest_sequence(family, pad, tmp_path):
         encoder(*batch(model.config, (longest + 1,)))
 
 
+def test_types_where_there_is_one_only(tmp_path):
+    """Some tokenizers number the sentences of a pair, whatever the model: RoBERTa has one type, and no use for it."""
+    config = tiny("roberta")
+    make(config).save_pretrained(tmp_path)
+    ids, mask, _ = batch(config)
+    ours = load_encoder(tmp_path, quiet=True).eval()
+    assert torch.equal(ours(ids, mask, torch.ones_like(ids)), ours(ids, mask))
+
+
 def test_padding_changes_nothing(tmp_path):
     model = make(tiny("roberta"))
     model.save_pretrained(tmp_path)

@@ -299,6 +299,8 @@ def test_the_facts_are_compared(tmp_path):
     Progress(tmp_path / "state", {"lr": 0.1, "tasks": ["a"]}, 0, resume=True)
     with pytest.raises(BadInput, match=r"lr was 0.1 and is 0.2"):
         Progress(tmp_path / "state", {"lr": 0.2, "tasks": ["a"]}, 0, resume=True)
+    with pytest.raises(BadInput, match=r"balance was None and is True"):  # the state is older than the setting
+        Progress(tmp_path / "state", {"lr": 0.1, "tasks": ["a"], "balance": True}, 0, resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 import lora
 import lori
 import train
-from checkpoint import load_masks, read_safetensors, write_safetensors
+from checkpoint import HubError, Stopped, load_masks, read_header, read_safetensors, write_safetensors
 from glue import encode, load_task, load_tokenizer, score
 from model import load_encoder
 
@@ -311,7 +311,7 @@ def test_bf16_trains_and_scores(run, tmp_path):
 
 def test_holdout_rows_are_scored_and_not_trained_on(demo, run, tmp_path):
     s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32, holdout=20)
-    data = train.load_data("sst2", s, load_tokenizer(demo / "model"))
+    data = train.load_data("sst2", s, load_tokenizer(demo / "model"), load_encoder(demo / "model").config)
     everything = load_task("sst2", s.glue, "train")
     encoded = encode(load_tokenizer(demo / "model"), everything.texts, 32)
     assert len(data.test) == 20 and sorted(data.train + data.test) == sorted(encoded)
@@ -451,7 +451,7 @@ def test_learning_rate_schedule():
 
 def test_regression_loss_of_the_mean_is_one(demo):
     s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32)
-    data = train.load_data("stsb", s, load_tokenizer(demo / "model"))
+    data = train.load_data("stsb", s, load_tokenizer(demo / "model"), load_encoder(demo / "model").config)
     s.dtype, s.batch_size = "fp32", len(data.train)
     model = train.build("head", load_encoder(demo / "model", quiet=True), [data], 0, s)
     torch.nn.init.zeros_(model.heads["stsb"].out.weight)  # its bias is the mean label
@@ -479,6 +479,21 @@ def test_evaluate_needs_no_flags(finished, capsys):
     out, results = finished
     assert not train.main(["--evaluate", str(out / "ortho/seed0/sst2")])
     assert f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"base_model_name_or_path": None}, "give it with --model"), ({"max_length": "9" * 5000}, "--max-length '999"),
+    ({"max_length": "4"}, "takes 8 to"),
+])  # fmt: skip
+def test_evaluate_of_a_strangers_adapter(finished, tmp_path, capsys, change, says):
+    folder = shutil.copytree(finished[0] / "ortho/seed0/sst2", tmp_path / "adapter")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    write_safetensors(weights, read_safetensors(weights), read_header(weights)[1] | change
+                      if "max_length" in change else read_header(weights)[1])  # fmt: skip
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert train.main(["--evaluate", str(folder)]) == 2
+    err = capsys.readouterr().err.strip()
+    assert says in err and "\n" not in err and len(err) < 1000
 
 
 def test_peft_gives_the_tables_numbers(finished):
@@ -546,6 +561,9 @@ def test_submission(finished, demo, tmp_path, capsys):
     ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
     ("--methods single,head --balance", "--balance: no shared adapter"),
     ("--balance --task-weights 1,2", "leave out --task-weights"),
+    ("--balance --factors A", "--balance with --factors A"),
+    ("--glue ~nobody-of-that-name/glue", "no GLUE folder ~nobody"),
+    ("--tasks sst2,mnli,stsb --continual --disjoint --granularity tensor --sparsity 0.6666667", "3 masks of 171"),
     ("--seeds 9223372036854775808", "2^63"),
     ("--demo", "--demo brings its own"),
     ("--evaluate nowhere", "--evaluate nowhere"),
@@ -589,10 +607,18 @@ def other_type(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt5"}))
 
 
+def unfit_tokenizer(folder):
+    """One that puts a token around every text for which the model has no embedding."""
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"]["sep"][1] = 999_999
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
 @pytest.mark.parametrize("damage, says", [
     (without("config.json"), "no config.json"), (without("tokenizer.json"), "no tokenizer.json"),
     (without("model.safetensors"), "no weights"), (truncated, "model.safetensors"), (misshapen, "(3, 3)"),
-    (other_type, "model_type 'gpt5'"), (lambda folder: shutil.rmtree(folder), "there is no model folder"),
+    (other_type, "model_type 'gpt5'"), (unfit_tokenizer, "does not fit the model"),
+    (lambda folder: shutil.rmtree(folder), "there is no model folder"),
 ])  # fmt: skip
 def test_bad_model_folder(run, demo, tmp_path, damage, says):
     shutil.copytree(demo / "model", tmp_path / "model")
@@ -612,6 +638,7 @@ def write_rows(folder, rows, split="train"):
     ([{"text": "a", "label": 0}], "no column 'sentence'"),
     ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}], "label 7"),
     ([{"sentence": "a", "label": -1}], "label -1"),
+    ([{"sentence": "a", "label": [1]}], "label [1]"),
     ([], ""),
 ])  # fmt: skip
 def test_bad_data(run, tmp_path, rows, says):
@@ -671,6 +698,18 @@ def test_no_fallback_where_something_was_asked_for(tmp_path, flags):
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2 and len(lines) == 1 and "Hub" in lines[0], done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_stopped_fallback_says_demo(monkeypatch, tmp_path, capsys):
+    """Once the Hub answers again, the bare command would be another run."""
+    def compare(s):
+        raise Stopped(2) if s.demo else HubError("no Hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "compare", compare)
+    monkeypatch.setattr(train, "make_demo", lambda folder: folder)
+    assert train.main([]) == 130
+    assert "python train.py --resume --out runs/demo --demo" in capsys.readouterr().err
 
 
 def test_hub_that_never_answers_is_given_up(monkeypatch):
