@@ -119,22 +119,27 @@ def comparison(r):
                         "adapter per task", "no difference between joint training and one adapter per task is "
                         "shown")  # fmt: skip
         lines.append(f"- The gap: {there} (single − joint {signed(interval(gap))} points).")
-    for row, than in itertools.combinations([row for row in runs if row not in ("head", "single")], 2):
+    given = [row for row in runs if " at " in row]  # at a rate that was not chosen
+    pairs = list(itertools.combinations([row for row in runs if row not in ("head", "single", *given)], 2))
+    for base in [row for row in given if row.startswith("joint")]:
+        same = [row for row in runs if row != base and r["chosen"][row] == r["chosen"][base] and row != "head"]
+        pairs += [(base, row) for row in same]
+    for row, than in pairs:
         found = interval(average[than] - average[row])
         words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
         lines.append(f"- `{than}` {words} `{row}` ({signed(found)} points).")
-    seen = [e["conflicts"] for e in list(runs.values())[-1].values()]
-    pairs = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
+    seen = [e["conflicts"] for e in runs["ortho" if "ortho" in runs else "ortho, balanced"].values()]
+    rates = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
     lines.append(f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
                  f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
                  f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
-                 + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(pairs.items(), key=lambda p: -p[1]))
+                 + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(rates.items(), key=lambda p: -p[1]))
                  + ".")  # fmt: skip
     s = r["settings"]
     how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
            f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. Each method's "
            "learning rate is the best of three on 300 training rows of each task that were held out, by half as many "
-           "steps and one other seed.")  # fmt: skip
+           "steps and one other seed" + ", but where it is given" * bool(given) + ".")  # fmt: skip
     return [markdown(rows), "\n".join(lines), how, MORE, held_out(r)]
 
 
@@ -143,6 +148,8 @@ def held_out(r):
     rates = sorted({float(rate) for scores in r["held_out"].values() for rate in scores})
     rows = [["held out, average", *(f"{rate:g}" for rate in rates)]]
     for row, scores in r["held_out"].items():
+        if not scores:
+            continue
         scores = {float(rate): f"{x:.1f}" for rate, x in scores.items()}
         rows.append([row, *(scores.get(rate, "") for rate in rates)])
     return markdown(rows)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import machine  # noqa: E402
+from bench import commit, machine  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
@@ -53,6 +53,7 @@ class Experiment:
 
 
 FIVE = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
+AT = {f"{m} at 0.002": f"--methods {m} --lr 2e-3" for m in ("joint", "ortho")}
 RATES, HOLDOUT = {"": (1e-3, 2e-3, 4e-3)}, 300
 SIZE, FULL = "--batch-size 8 --max-length 64 --dtype bf16", "--steps 1500 --batch-size 16 --max-length 128"
 TOY = "--tasks sst2,mrpc,mnli,stsb --steps 400 --max-length 64"
@@ -67,7 +68,7 @@ EXPERIMENTS = {
         FIVE, f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}", 5, RATES, full=FULL),
     "three": Experiment(
         "The same for sentiment, paraphrase and inference.",
-        FIVE, f"--tasks sst2,mrpc,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
+        FIVE | AT, f"--tasks sst2,mrpc,mnli --steps 400 {SIZE}", 3, RATES | dict.fromkeys(AT, ()), full=FULL),
     "seven": Experiment(
         "The same for all seven tasks with an official validation split.",
         FIVE, f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
@@ -117,7 +118,10 @@ def chosen(text):
 
 
 def run(folder, flags, jobs):
-    """One call of train.py into `folder`, or what is left of it. Returns its results.json and timing.json."""
+    """One call of train.py into `folder`, or what is left of it. Returns its results.json and timing.json.
+
+    The timing says with which commit it ended, under "commit".
+    """
     if not (folder / "results.json").exists():
         command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(folder)]
         command += ["--resume"] * bool(list(folder.glob("state.safetensors*")))
@@ -128,8 +132,10 @@ def run(folder, flags, jobs):
             code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads}).returncode
         if code:
             raise SystemExit(f"{shlex.join(command)}\nended with {code}; see {folder}/output.txt")
+        (folder / "commit.txt").write_text(commit())
         print(f"{folder.name:32} {time.perf_counter() - begin:6.0f} s", flush=True)
-    return json.loads((folder / "results.json").read_text()), json.loads((folder / "timing.json").read_text())
+    timing = json.loads((folder / "timing.json").read_text()) | {"commit": (folder / "commit.txt").read_text()}
+    return json.loads((folder / "results.json").read_text()), timing
 
 
 def reproduce(name, args):
@@ -172,10 +178,12 @@ def reproduce(name, args):
 
     first = {row: done[row, calls[0]] for row in experiment.rows}
     (found, timing), *_ = first.values()
+    commits = ", ".join(sorted({t["commit"] for _, t in done.values()}))
     results = facts(name, experiment.about, args, timing, sum(t["seconds"] for _, t in done.values())) | {
+        "commit": commits,
         "settings": {k.lstrip("-"): v for k, v in common.items()}, "rows": experiment.rows,
         "seeds": list(seeds), "tasks": found["tasks"], "held_out": held,
-        "chosen": {row: float(r["lr"]) for row, r in rate.items() if r},
+        "chosen": {row: found["settings"]["lr"] for row, (found, _) in first.items()},
         "majority": {row: {t: m["score"] for t, m in found["majority"].items()} for row, (found, _) in first.items()},
         "runs": {},
     }  # fmt: skip

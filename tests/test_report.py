@@ -83,9 +83,10 @@ def test_check_fails_where_a_number_of_the_readme_is_changed(tmp_path, monkeypat
 
 def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypatch, capsys):
     """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
+    rows = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
     experiment = reproduce.Experiment(
-        "small", {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32", 3, (1e-3, 1e-1),
+        "small", rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
+        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32", 3, {"": (1e-3, 1e-1), "joint at 0.01": ()},
     )  # fmt: skip
     monkeypatch.setattr(reproduce, "HOLDOUT", 20)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
@@ -93,10 +94,11 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
                  "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     reproduce.main()
-    assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 5 * 3
+    assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 6 * 3
     path = tmp_path / "results" / "main" / "results.json"
     r = json.loads(path.read_text())
     assert {"command", "commit", "seeds", "hardware", "minutes"} <= r.keys()
+    assert r["chosen"]["joint at 0.01"] == 0.01 and not r["held_out"].pop("joint at 0.01")
     for row, scores in r["held_out"].items():
         assert r["chosen"][row] == float(max(scores, key=scores.get))
     one = json.loads((tmp_path / "runs" / "main" / "ortho seed 2" / "results.json").read_text())
