@@ -80,6 +80,13 @@ def verdict(found, up, down, neither):
     return up if low > 0 else down if high < 0 else neither
 
 
+def compared(average, row, base):
+    """One line about two rows, as strong as their interval allows."""
+    found = interval(average[row] - average[base])
+    words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
+    return f"- `{row}` {words} `{base}` ({signed(found)} points)."
+
+
 def source(r):
     """Where numbers come from: the last line of every table."""
     jobs = f"{r['jobs']} runs at a time, " * (r.get("jobs", 1) > 1)
@@ -124,10 +131,7 @@ def comparison(r):
     for base in [row for row in given if row.startswith("joint")]:
         same = [row for row in runs if row != base and r["chosen"][row] == r["chosen"][base] and row != "head"]
         pairs += [(base, row) for row in same]
-    for row, than in pairs:
-        found = interval(average[than] - average[row])
-        words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
-        lines.append(f"- `{than}` {words} `{row}` ({signed(found)} points).")
+    lines += [compared(average, row, base) for base, row in pairs]
     seen = [e["conflicts"] for e in runs["ortho" if "ortho" in runs else "ortho, balanced"].values()]
     rates = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
     lines.append(f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
@@ -197,7 +201,10 @@ def matters(r):
     gap = average["single"] - average["joint"]
     shares = [f"`{row}` {share(average[row] - average['joint'], gap)}"
               for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")]  # fmt: skip
-    return [markdown(rows), f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
+    pairs = [("joint, balanced", "ortho"), ("ortho, balanced", "joint, balanced"), ("joint, balanced", "single")]
+    return [markdown(rows), "\n".join([
+                f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
+                *(compared(average, row, base) for row, base in pairs)]),
             f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
             "deviation); each variant against joint training with the same optimizer and batches (named where it is "
             "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds.", MORE,
