@@ -259,6 +259,13 @@ def clean(c):
         return (c + c.T) / 2 / np.outer(size, size)
 
 
+def given_rates(r):
+    """The rates in the rows' flags."""
+    found = dict.fromkeys(f"{row.split(': ')[0]} `{flags[flags.index('--lr'):].partition(' --tasks')[0]}`"
+                          for row, flags in r["rows"].items())  # fmt: skip
+    return ", ".join(found)
+
+
 def lori(r):
     """LoRA and LoRI, alone and merged."""
     runs = {m: seeds for methods in r["runs"].values() for m, seeds in methods.items()}
@@ -279,25 +286,35 @@ def lori(r):
             found = np.abs([np.array(e["cosines"])[below] for e in entries.values()])
             cosines.append(f"{m} {found.mean():.3f} ({found.max():.3f})")
     s = r["settings"]
-    return [markdown(rows), f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}.",
+    pairs = [("lori-d", "single"), ("lori-s", "single"), ("lori-s", "lori-d"), ("lori-s-merged", "lora-merged")]
+    return [markdown(rows), "\n".join([
+                *(compared(average, row, base) for row, base in pairs),
+                f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}."]),
             f"{s['steps']} steps of {s['batch-size']} examples, at most {s['max-length']} tokens, {len(r['seeds'])} "
-            "seeds (± their standard deviation)."]  # fmt: skip
+            f"seeds (± their standard deviation). Rates given, not chosen here: {given_rates(r)}."]  # fmt: skip
 
 
 def continual(r):
     """What is left of each task after the others."""
-    rows = [["order", "method", "average at the end", "forgetting", "overlap of masks"]]
+    rows, lost = [["order", "method", "average at the end", "forgetting", "overlap of masks"]], {}
     for row, methods in r["runs"].items():
         order = row.split(": ")[1].replace(",", ", ")
         for m, entries in methods.items():
             shared = [e["overlap"] for e in entries.values() if "overlap" in e]
+            lost.setdefault(order, {})[m] = np.array([e["forgetting"] for e in entries.values()])
             rows.append([order, {"single": "LoRA"}.get(m, m), mean_and_spread([*averages({m: entries})[m]]),
                          mean_and_spread([e["forgetting"] for e in entries.values()]),
                          f"{np.mean(shared):.3f}" if shared else ""])  # fmt: skip
-    s = r["settings"]
-    return [markdown(rows), f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
+    s, lines = r["settings"], []
+    for order, x in lost.items():
+        found = interval(x["lori-s"] - x["single"])
+        words = verdict(found, "forgets more than", "forgets less than", "is not shown to forget less or more than")
+        lines.append(f"- {order}: `lori-s` {words} LoRA ({signed(found)} points).")
+    return [markdown(rows), "\n".join(lines),
+            f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
             f"{s['max-length']} tokens, {len(r['seeds'])} seeds (± their standard deviation). Forgetting: a task's "
-            "score after its own stage, less that at the end."]  # fmt: skip
+            "score after its own stage, less that at the end, averaged over all but the last. Rates given, not chosen "
+            f"here: {given_rates(r)}."]  # fmt: skip
 
 
 def demo(r):
