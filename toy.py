@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import random
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -468,7 +469,8 @@ def pretrain(config, data, steps, seed=0, batch_size=64, lr=3e-3, quiet=True):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, 1 - i / steps))
     lengths = data[1].sum(1)  # (rows,)
     batches, losses = [], []
-    for _ in tqdm(range(steps), desc="pretraining", unit="step", disable=quiet):
+    often = 0.5 if sys.stderr.isatty() else 10
+    for _ in tqdm(range(steps), desc="pretraining", unit="step", mininterval=often, disable=quiet):
         if not batches:  # rows of like length together, the batches in random order
             order = (lengths + torch.rand(len(lengths), generator=generator)).argsort()
             batches = list(order.split(batch_size))
