@@ -59,6 +59,7 @@ SIZE, FULL = "--batch-size 8 --max-length 64 --dtype bf16", "--steps 1500 --batc
 TOY = "--tasks sst2,mrpc,mnli,stsb --steps 400 --max-length 64"
 TOY_RATES, SGD_RATES = (4e-3, 8e-3, 1.6e-2), (0.1, 0.3, 1.0)
 LEVELS = {f"p = {p:g}: {m}": (p, m) for p in (0.0, 0.25, 0.5, 0.75, 1.0) for m in ("single", "joint", "ortho")}
+SAME = {"p = 0.25: joint at 0.008": "--methods joint --lr 8e-3"}  # ortho's rate, where the choice gave joint another
 LORI = {"LoRA": "--methods single{} --lr 2e-3", "LoRI": "--methods lori-d,lori-s{} --lr 1e-2 --sparse-lr 5e-2"}
 ORDERS = ("sst2,mrpc,stsb,rte", "rte,stsb,mrpc,sst2")
 
@@ -74,8 +75,8 @@ EXPERIMENTS = {
         FIVE, f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
     "conflict": Experiment(
         "A known conflict: the toy grammar's tasks contradict each other on a share p of the traits.",
-        {row: f"--methods {m}" for row, (_, m) in LEVELS.items()}, TOY, 6, {"": TOY_RATES[:2]},
-        toy={row: p for row, (p, _) in LEVELS.items()}),
+        {row: f"--methods {m}" for row, (_, m) in LEVELS.items()} | SAME, TOY, 6,
+        {"": TOY_RATES[:2]} | dict.fromkeys(SAME, ()), toy={row: p for row, (p, _) in LEVELS.items()} | {"": 0.25}),
     "matters": Experiment(
         "What matters in the method, on the toy grammar, where there is a gap to recover.",
         {name: "--methods " + flags for name, flags in {
