@@ -182,7 +182,8 @@ def conflict(r):
         rows.append([f"p = {p:g}", *(mean_and_spread(a[m]) for m in methods), signed(interval(gap), 1),
                      signed(interval(gain), 1), share(gain, gap), f"{100 * rate:.1f} %",
                      " ".join(f"{r['chosen'][f'p = {p:g}: {m}']:g}" for m in methods)])  # fmt: skip
-        lines += [compared(a, m, base) + f" (p = {p:g})" for base in a if " at " in base for m in ("single", "ortho")]
+        for base in [m for m in a if " at " in m]:
+            lines += [compared(a, m, base).rstrip(".") + f" at p = {p:g}." for m in ("single", "ortho")]
     words = "; ".join(f"{words} `joint` at {', '.join(at)}" for words, at in where.items() if at)
     return [markdown(rows), "\n".join([f"- `ortho` {words}.", *lines]),
             f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
@@ -473,6 +474,12 @@ def figure_conflict(plt, r):
         found = np.array([interval(averages(m)[method] - averages(m)["joint"]) for m in levels(r).values()])
         axis.fill_between(p, found[:, 1], found[:, 2], color=color, alpha=0.2, lw=0)
         axis.plot(p, found[:, 0], "o-", color=color, ms=4, label=name)
+    for x, runs in levels(r).items():
+        a = averages(runs)
+        for base in [m for m in a if " at " in m]:
+            for method, color in (("single", RED), ("ortho", BLUE)):
+                axis.plot(x, (a[method] - a[base]).mean(), "o", color=color, mfc="white", ms=5)
+    axis.plot([], [], "o", color="black", mfc="white", ms=5, label="the same, all at one learning rate")
     axis.axhline(0, color="black", lw=0.8)
     axis.set(xlabel="share p of traits on which the toy tasks contradict each other", ylabel="points", xticks=p)
     axis.legend(frameon=False, fontsize=9)
