@@ -141,9 +141,11 @@ def comparison(r):
                  + ".")  # fmt: skip
     s = r["settings"]
     how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
-           f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. Each method's "
-           "learning rate is the best of three on 300 training rows of each task that were held out, by half as many "
-           "steps and one other seed" + ", but where it is given" * bool(given) + ".")  # fmt: skip
+           f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. ")  # fmt: skip
+    if not any(r["held_out"].values()):
+        return [markdown(rows), "\n".join(lines), how + "The learning rate is the main table's for `joint`."]
+    how += ("Each method's learning rate is the best of three on 300 training rows of each task that were held out, by "
+            "half as many steps and one other seed" + ", but where it is given" * bool(given) + ".")  # fmt: skip
     return [markdown(rows), "\n".join(lines), how, MORE, held_out(r)]
 
 

@@ -91,7 +91,7 @@ EXPERIMENTS = {
         "Beyond the paper: every task's gradient at one norm, with and without projection. The main table's tasks.",
         {"joint": "--methods joint", "joint, balanced": "--methods joint --balance",
          "ortho, balanced": "--methods ortho --balance"},
-        f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}", 5, RATES, full=FULL),
+        f"--tasks rte,mrpc,sst2,stsb --steps 400 --lr 2e-3 {SIZE}", 3, full=FULL),
     "lori": Experiment(
         "LoRI: a frozen A and a sparse B, alone and merged.",
         {"LoRA": LORI["LoRA"].format(",lora-merged --own-a"),
