@@ -334,13 +334,13 @@ def trust(r):
     kills = r["tried"][0]["output"].strip().splitlines()[-2:]
     rows, total = [["damaged file", "tried", "loaded", "refused in one line", "anything else"]], {}
     for part in r["tried"][1:]:
-        for kind, *numbers in re.findall(r"^(\S+) +(\d+) +(\d+) +(\d+) +[\d.]+ +[\d.]+$", part["output"], re.M):
+        for kind, *numbers in re.findall(r"^([a-z ]+?) +(\d+) +(\d+) +(\d+) +[\d.]+ +[\d.]+$", part["output"], re.M):
             total[kind] = total.get(kind, 0) + np.array(numbers, int)
     total["all"] = sum(total.values())
     rows += [[kind, *(f"{x:,}" for x in found), f"{found[0] - found[1] - found[2]:,}"] for kind, found in total.items()]
     return [f"- Killed by SIGKILL at random moments and resumed: {kills[0]}; {kills[1]}.", markdown(rows),
             "Of the damaged files, none was allowed to end the process, to run over its time, or to make it "
-            "allocate beyond three times the files' size. " + ", ".join(f"`{x['command']}`" for x in r["tried"])
+            "allocate more than 16 MiB and three times the files' size. " + ", ".join(f"`{x['command']}`" for x in r["tried"])
             + ": exit status " + ", ".join(str(x["status"]) for x in r["tried"]) + "."]  # fmt: skip
 
 
