@@ -250,8 +250,8 @@ def noise(r):
     pairs = [f"{names[i]}-{names[j]} {(mean[i, j] + mean[j, i]) / 2:+.2f}"
              for i, j in itertools.combinations(range(len(names)), 2)]  # fmt: skip
     s = r["settings"]
-    return [markdown(rows), "- At rank 8, " + "; ".join(by_factor) + ".",
-            f"- Over the fifths of training, between tasks / within one: {fifths} %.",
+    return [markdown(rows), "- At rank 8, " + "; ".join(by_factor) + ".\n"
+            f"- Over the fifths of training, between tasks / within one: {fifths} %.\n"
             f"- Cosines without noise, by pair: {', '.join(pairs)}.",
             f"Joint training of four tasks, {s['steps']} steps, two batches of {s['batch_size']} per task and step, at "
             f"most {s['max_length']} tokens, one seed. A conflict is a negative dot product within one factor, 50 % "
@@ -340,8 +340,8 @@ def trust(r):
     rows += [[kind, *(f"{x:,}" for x in found), f"{found[0] - found[1] - found[2]:,}"] for kind, found in total.items()]
     return [f"- Killed by SIGKILL at random moments and resumed: {kills[0]}; {kills[1]}.", markdown(rows),
             "Of the damaged files, none was allowed to end the process, to run over its time, or to make it "
-            "allocate more than 16 MiB and three times the files' size. " + ", ".join(f"`{x['command']}`" for x in r["tried"])
-            + ": exit status " + ", ".join(str(x["status"]) for x in r["tried"]) + "."]  # fmt: skip
+            "allocate more than 16 MiB and three times the files' size. "
+            + ", ".join(f"`{x['command']}`: exit status {x['status']}" for x in r["tried"]) + "."]  # fmt: skip
 
 
 TABLES = {"main": comparison, "three": comparison, "seven": comparison, "balance": comparison, "conflict": conflict,
