@@ -208,7 +208,8 @@ def matters(r):
     gap = average["single"] - average["joint"]
     shares = [f"`{row}` {share(average[row] - average['joint'], gap)}"
               for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")]  # fmt: skip
-    pairs = [("joint, balanced", "ortho"), ("ortho, balanced", "joint, balanced"), ("joint, balanced", "single")]
+    pairs = [("ortho", "pcgrad"), ("joint, balanced", "ortho"), ("ortho, balanced", "joint, balanced"),
+             ("joint, balanced", "single")]  # fmt: skip
     return [markdown(rows), "\n".join([
                 f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
                 *(compared(average, row, base) for row, base in pairs)]),
