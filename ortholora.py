@@ -181,6 +181,8 @@ class OrthoLoRA:
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
         self.weights_column = self.rows.new_tensor(self.weights)[:, None]  # (T, 1)
         self.views = [self._per_parameter(row) for row in self.rows]
+        self.update = self.rows.new_zeros(sum(sizes))  # (P,): what project() writes, each .grad a view of it
+        self.grads = self._per_parameter(self.update)
         self.written = [None] * len(parameters)
 
     def _per_parameter(self, row):
@@ -237,7 +239,8 @@ class OrthoLoRA:
 
     @torch.no_grad()
     def project(self, order=None):
-        """Write sum_i v_i into every .grad, clear the rows, and return the `Conflicts`.
+        """Write sum_i v_i into every .grad, clear the rows, and return the `Conflicts`. (The next call writes the same
+        memory anew: clone a .grad to keep it.)
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. A gradient that isn't finite is never
         projected away: it makes .grad not finite as well, so GradScaler skips the step as it should.
@@ -249,10 +252,9 @@ class OrthoLoRA:
         with full_float32(self.rows.device):
             gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)
             scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
-            update = self.rows.new_empty(self.rows.shape[1])  # (P,)
             if self.sequential:
                 v = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in stacks]
-                torch.cat([(x * scales[:, None]).sum(1).flatten() for x in v], out=update)
+                torch.cat([(x * scales[:, None]).sum(1).flatten() for x in v], out=self.update)
                 gone = torch.cat([(g - x).square().sum(2) for g, x in zip(stacks, v, strict=True)])  # (blocks, T)
             else:
                 if gram.is_cuda:  # from pinned memory the copy waits for nothing
@@ -260,11 +262,12 @@ class OrthoLoRA:
                 C = projection_coefficients(gram, order)
                 weights = (scales[:, None] * C).sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
                 weights = weights.split([k for k, _ in self.by_size])
-                for g, w, part in zip(stacks, weights, update.split([k * n for k, n in self.by_size]), strict=True):
+                parts = self.update.split([k * n for k, n in self.by_size])
+                for g, w, part in zip(stacks, weights, parts, strict=True):
                     combine(g, w, out=part.view(len(g), -1))
                 D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # v_i - g_i = sum_j D_ij g_j
                 gone = ((D @ gram) * D).sum(2)  # (blocks, T): |v_i - g_i|^2
-        for i, (p, grad) in enumerate(zip(self.parameters, self._per_parameter(update), strict=True)):
+        for i, (p, grad) in enumerate(zip(self.parameters, self.grads, strict=True)):
             p.grad = self.written[i] = grad if grad.dtype == p.dtype else grad.to(p.dtype)
         self.rows.zero_()
         return self._statistics(gram[self.callers_order], gone[self.callers_order])

@@ -384,9 +384,9 @@ def cost(device="cpu"):
         rows.append(["a joint step: times as fast as `transformers` + `peft`, " + name, f"{theirs / joint:.2f}",
                      "the same"])  # fmt: skip
     peaks = {r["mode"]: r["peak_bytes"] for r in bench["memory"]["results"] if "mode" in r}
-    TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)
-    loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
-    stacked = (peaks["ortho, stacked"] + TP) / peaks["joint, one mixed batch"]
+    TP, stands = next((r["rows_bytes"], r["standing_bytes"]) for r in bench["memory"]["results"] if "rows_bytes" in r)
+    loop = peaks["ortho, loop"] - peaks["joint, loop"] + stands
+    stacked = (peaks["ortho, stacked"] + stands) / peaks["joint, one mixed batch"]
     rows.append(["peak memory of `ortho` beyond joint", f"loop {loop / TP:.2f} × 4·T·P bytes, stacked × {stacked:.3f}",
                  link["memory"]])  # fmt: skip
     plain, sorted_ = sorted(bench["padding"]["results"], key=lambda r: r["window"])
