@@ -221,7 +221,8 @@ def noise(args):
                        steps=1500 if args.full else 150, max_length=128 if args.full else 64, dtype="bf16",
                        per_task="loop")  # fmt: skip
     begin, (encoder, tasks) = time.perf_counter(), train.prepare(s, train.find_device("auto"))
-    results = {"settings": dataclasses.asdict(s), "seeds": [0], "tasks": [d.name for d in tasks], "ranks": {}}
+    kept = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("model", "glue")}  # not where these lie
+    results = {"settings": kept, "seeds": [0], "tasks": [d.name for d in tasks], "ranks": {}}
     for s.rank in RANKS:
         results["ranks"][s.rank] = measure(encoder, tasks, s)
     timing = {"hardware": train.hardware(train.device_of(encoder))}
