@@ -179,10 +179,11 @@ def test_adapter_with_many_tensors_of_nothing(files):
     path = files / "roberta/adapter/adapter_model.safetensors"
     empty = {f"base_model.model.x{i}": torch.zeros(0) for i in range(20_000)}
     write_safetensors(path, read_safetensors(path) | empty)
-    load_adapter(fuzz.tiny("roberta"), path.parent, "rte")  # they are nobody's, and ignored
-    begin = time.process_time()
-    load_adapter(fuzz.tiny("roberta"), path.parent, "rte")
-    assert time.process_time() - begin < 2
+    model, calls = fuzz.tiny("roberta"), []
+    real = model.encoder.state_dict
+    model.encoder.state_dict = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)
+    load_adapter(model, path.parent, "rte")  # they are nobody's, and ignored
+    assert len(calls) < 10  # a large model's takes a millisecond
 
 
 def test_adapter_with_a_layer_under_two_names(files):
