@@ -135,9 +135,9 @@ def put(module, path, child):
 def attention(q, k, v, mask, dropout):
     """softmax(q k' / sqrt(d) + mask) v: each (batch, heads, length, d); mask 0 or -inf, (batch, 1, 1, length), or None.
 
-    The fused kernel, but written out where a CPU trains: there its backward pass takes twice as long.
+    The fused kernel, but written out where a CPU trains in half precision: there it takes several times as long.
     """
-    if q.is_cuda or not torch.is_grad_enabled():
+    if q.is_cuda or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (batch, heads, length, length)
     scores = scores if mask is None else scores + mask
@@ -158,13 +158,16 @@ class Layer(nn.Module):
             norm = part.startswith("norm")
             put(self, path, nn.LayerNorm(c.width, c.eps) if norm else nn.Linear(*sizes.get(part, (c.width, c.width))))
 
-    def forward(self, x, mask):  # x: (batch, length, width); mask: as for `attention`
+    def forward(self, x, mask, tokens=None):
+        """x: (batch, length, width) -> the same, or its first `tokens` alone; mask: as for `attention`."""
         at = {part: self.get_submodule(path) for part, path in self.paths.items()}
-        q, k, v = (at[n](x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in ("query", "key", "value"))
+        kept = x[:, :tokens]  # (batch, tokens, width): these read from all of x
+        q, k, v = (at[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for name, y in (("query", kept), ("key", x), ("value", x)))  # fmt: skip
         p = self.attention_dropout if self.training else 0.0
-        mixed = attention(q, k, v, mask, p)  # (batch, heads, length, width / heads)
-        mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, length, width)
-        x = at["norm1"](x + F.dropout(mixed, self.attended_dropout, self.training))
+        mixed = attention(q, k, v, mask, p)  # (batch, heads, tokens, width / heads)
+        mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, tokens, width)
+        x = at["norm1"](kept + F.dropout(mixed, self.attended_dropout, self.training))
         h = at["down"](self.act(at["up"](x)))
         return at["norm2"](x + F.dropout(h, self.dropout, self.training))
 
@@ -187,10 +190,11 @@ class Encoder(nn.Module):
             put(self, "pooler.dense", nn.Linear(c.width, c.width))
         self.has_pooler = pooler
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, tokens=None):
         """Ids (batch, length), attention_mask the same, 1 where there is a token -> (batch, length, width).
 
-        No mask means no padding: attention then has less to do.
+        No mask means no padding: attention then has less to do. Given `tokens`, only the first so many are returned,
+        (batch, tokens, width): the last layer then works out nothing else, which saves most of it.
         """
         c, e = self.config, self.embeddings
         length = input_ids.shape[1]
@@ -209,9 +213,10 @@ class Encoder(nn.Module):
         mask = attention_mask
         if mask is not None:
             mask = x.new_zeros(mask.shape).masked_fill(~mask.bool(), -math.inf)[:, None, None]  # (batch, 1, 1, length)
-        for layer in self.get_submodule(self.stack):
+        *layers, last = self.get_submodule(self.stack)
+        for layer in layers:
             x = layer(x, mask)
-        return x
+        return last(x, mask, tokens)
 
     def summary(self, hidden):
         """The first token, through the pretrained pooler if there is one: (batch, length, width) -> (batch, width)."""
@@ -271,7 +276,7 @@ class MultiTaskModel(nn.Module):
 
     def forward(self, task, input_ids, attention_mask=None, token_type_ids=None):
         """logits (batch, outputs)."""
-        return self.heads[task](self.encoder.summary(self.encoder(input_ids, attention_mask, token_type_ids)))
+        return self.heads[task](self.encoder.summary(self.encoder(input_ids, attention_mask, token_type_ids, tokens=1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -506,7 +506,7 @@ def task_losses(model, batch, s):
 
     Each is a mean over the step's examples, so that what several processes have adds up.
     """
-    hidden = model.encoder(batch.ids, batch.mask, batch.types)  # (sequences, length, width)
+    hidden = model.encoder(batch.ids, batch.mask, batch.types, tokens=1)  # (sequences, 1, width)
     found = []
     for data, x, labels in zip(
         batch.tasks, model.encoder.summary(hidden).float().split(batch.sizes), batch.labels, strict=True

@@ -143,6 +143,29 @@ def test_padding_changes_nothing(tmp_path):
         torch.testing.assert_close(encoder(*wide)[:, :5], encoder(ids, mask), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lengths", [(9,), (7, 3, 5)])  # without padding, and with it
+def test_first_tokens_alone(family, lengths):
+    """What the last layer leaves out changes no number and no gradient of what is kept."""
+    config = tiny(family)
+    encoder = Encoder(read_config(config.to_dict()), pooler=family == "bert").eval()
+    ids, mask, types = batch(config, lengths)
+    mask = None if mask.all() else mask
+    whole = encoder(ids, mask, types)
+    for count in (1, 3):
+        part = encoder(ids, mask, types, tokens=count)
+        assert part.shape[1] == count
+        torch.testing.assert_close(part, whole[:, :count], rtol=0, atol=1e-6)
+    weights = [m.weight for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
+    ours, theirs = (torch.autograd.grad(x[:, 0].square().sum(), weights, retain_graph=True, allow_unused=True)
+                    for x in (encoder(ids, mask, types, tokens=1), whole))  # fmt: skip
+    assert sum(g is not None for g in ours) == 6 * config.num_hidden_layers  # all but a pooler
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_extra_tensors_are_named_and_ignored(tmp_path, capsys):
     model = make(tiny("roberta"), "ForMaskedLM")
     tensors = {n: t.clone() for n, t in model.state_dict().items()} | {
@@ -267,8 +290,9 @@ def test_dropout_is_where_transformers_has_it(family, tmp_path):
     reference = make(tiny(family, **rates), "ForSequenceClassification")
     reference.save_pretrained(tmp_path)
     model, inputs = copied(reference, load_encoder(tmp_path)).train(), batch(reference.config)
+    whole = lambda: model.heads["task"](model.encoder.summary(model.encoder(*inputs)))  # noqa: E731  the last layer, too
     logits = []
-    for each in lambda: model("task", *inputs), lambda: run(reference.train(), *inputs):
+    for each in whole, lambda: run(reference.train(), *inputs):
         torch.manual_seed(7)
         with torch.no_grad():
             logits.append(each())
