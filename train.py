@@ -558,6 +558,12 @@ def join_processes(s):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
 
 
+def leave_processes():
+    """Part from the other processes; left to the interpreter's end, gloo's threads can abort it."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_processes(x):
     """`x`, added up over all processes in place."""
     if WORLD > 1:
@@ -1288,6 +1294,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted", file=sys.stderr)
         return 130
+    finally:
+        leave_processes()
 
 
 if __name__ == "__main__":
