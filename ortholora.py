@@ -12,7 +12,9 @@ This file needs torch alone and is meant to be pasted. It reads in three steps: 
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 
@@ -44,15 +46,13 @@ def projection_coefficients(gram, order):
     """
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
     order = torch.as_tensor(order, device=gram.device)
-    C = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
-    dots = gram.clone()  # (blocks, T, T): <v_i, g_j> = (C gram)_ij, kept up to date with C
-    sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_j|^2
-    sizes = torch.where(sizes > 0, sizes, torch.inf)  # so that a zero g_j takes nothing
-    for j in order.unbind(1):  # j: (T,), the task that each i meets now
-        here = j.expand(gram.shape[0], -1)[..., None]  # (blocks, T, 1)
-        c = (dots.gather(2, here) / sizes[:, j, None]).clamp(max=0)  # (blocks, T, 1): <v_i, g_j> / |g_j|^2 if negative
-        C.scatter_add_(2, here, -c)
-        dots.addcmul_(c, gram.index_select(1, j), value=-1)
+    sizes = gram.diagonal(dim1=1, dim2=2)[..., None]  # (blocks, T, 1): |g_j|^2
+    turn = -gram / torch.where(sizes > 0, sizes, torch.inf)  # (blocks, T, T): -<g_j, g_k> / |g_j|^2, 0 for a zero g_j
+    C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+    places = order.expand(len(gram), -1, -1).split(1, dim=2)  # (blocks, T, 1) each
+    for j, place in zip(order.unbind(1), places, strict=False):  # j: (T,), the task that each i meets now
+        c = (C * turn.index_select(1, j)).sum(2, keepdim=True)  # (blocks, T, 1): -<v_i, g_j> / |g_j|^2
+        C.scatter_(2, place, c.clamp_(min=0))
     return C
 
 
@@ -67,11 +67,21 @@ def balancing_scales(gram):
     return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # a zero gradient stays one
 
 
-def combine(grads, weights, out=None):
-    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit."""
-    out = torch.mul(grads[:, 0], weights[:, 0, None], out=out)
-    for j in range(1, grads.shape[1]):
-        out.addcmul_(grads[:, j], weights[:, j, None])
+def removed_squares(gram, C):
+    """|v_i - g_i|^2, out of v_i - g_i = sum_j D_ij g_j with D = C - 1: (blocks, T, T) twice -> (blocks, T)."""
+    D = C - torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+    return ((D @ gram) * D).sum(2)
+
+
+def combine(grads, weights, out=None, clear=False):
+    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit.
+
+    clear: set each g_j to zero once it has been read, while it is still in the processor's cache.
+    """
+    for j, (g, w) in enumerate(zip(grads.unbind(1), weights[..., None].unbind(1), strict=True)):  # (k, n), (k, 1)
+        out = torch.mul(g, w, out=out) if j == 0 else out.addcmul_(g, w)
+        if clear:
+            g.zero_()
     return out
 
 
@@ -79,26 +89,25 @@ def combine(grads, weights, out=None):
 def full_float32(device):
     """Products of float32 in float32: no autocast, no TF32 or bf16 shortcut (whose switches are process-wide)."""
     device = torch.device(device).type
-    backends = [torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)]
-    backends = [b for b in backends if hasattr(b, "fp32_precision")]  # torch >= 2.9; before, one switch for all
-    before = [b.fp32_precision for b in backends] or torch.get_float32_matmul_precision()
-    for b in backends:
-        b.fp32_precision = "ieee"
-    if not backends:
-        torch.set_float32_matmul_precision("highest")
+    backend = torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(backend, "fp32_precision"):  # torch >= 2.9; before, one switch for all
+        before, full, switch = backend.fp32_precision, "ieee", partial(setattr, backend, "fp32_precision")
+    else:
+        before, full, switch = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
+    shortcut = before not in ("none", full)
+    if shortcut:
+        switch(full)
     try:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
             yield
     finally:
-        for b, value in zip(backends, before, strict=False):
-            b.fp32_precision = value
-        if not backends:
-            torch.set_float32_matmul_precision(before)
+        if shortcut:
+            switch(before)
 
 
 @dataclass
 class Conflicts:
-    """What one `project()` saw: tensors that stay on the device until someone reads them. T tasks, blocks as given.
+    """What one `project()` saw, worked out when asked, on the device, where it stays until someone reads it. T tasks.
 
     cosines    (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts  (blocks, T, T)  bool: cosine < 0, so the diagonal is false
@@ -107,11 +116,31 @@ class Conflicts:
     parameters [[tensor]]      the blocks themselves, for names in messages
     """
 
-    cosines: torch.Tensor
-    conflicts: torch.Tensor
-    removed: torch.Tensor
-    finite: torch.Tensor
+    gram: torch.Tensor  # (blocks, T, T), in the buffer's order
+    gone: Callable  # () -> (blocks, T): |g_i - v_i|^2
+    places: torch.Tensor  # (blocks,): where in these each block of the caller's is
     parameters: list
+
+    @cached_property
+    def cosines(self):
+        norms = self._sizes.sqrt()
+        return (self.gram[self.places] / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0)
+
+    @cached_property
+    def conflicts(self):
+        return self.cosines < 0
+
+    @cached_property
+    def removed(self):
+        return (self.gone()[self.places].clamp(min=0) / self._sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
+
+    @cached_property
+    def finite(self):
+        return self._sizes.isfinite()
+
+    @cached_property
+    def _sizes(self):
+        return self.gram.diagonal(dim1=1, dim2=2)[self.places]  # (blocks, T): |g_i|^2
 
     def check(self, model=None, tasks=None):
         """Raise FloatingPointError if a gradient was not finite, naming task and parameter (by name, given the model).
@@ -164,15 +193,18 @@ class OrthoLoRA:
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
         self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
         self.balance, self.surgery = balance, surgery
+        T = range(num_tasks)
+        self.others = torch.tensor([[j for j in T if j != i] for i in T], dtype=torch.long)  # (T, T - 1), on the CPU
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
 
         # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
-        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, and by_size is [(1, 2), (2, 6)]. Of these, blocks
+        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, which is (1, T, 2) and (2, T, 6). Of these, blocks
         # of one shape come together, so that their parameters are one view, too.
         sizes = [sum(p.numel() for p in block) for block in self.blocks]
         order = sorted(range(len(sizes)), key=lambda b: (sizes[b], [p.shape for p in self.blocks[b]]))  # the buffer's
-        self.by_size = [(sizes.count(n), n) for n in dict.fromkeys(sizes[b] for b in order)]
-        self.callers_order = torch.tensor(order, device=parameters[0].device).argsort()
+        by_size = [(sizes.count(n), n) for n in sorted(set(sizes))]
+        parts = [k * n for k, n in by_size]
+        self.places = torch.tensor(order, device=parameters[0].device).argsort()
         self.parameters = [p for b in order for p in self.blocks[b]]
         self.runs = [(len(list(run)), shape) for shape, run in itertools.groupby(p.shape for p in self.parameters)]
         dtype = torch.float32
@@ -181,20 +213,19 @@ class OrthoLoRA:
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
         self.weights_column = self.rows.new_tensor(self.weights)[:, None]  # (T, 1)
         self.views = [self._per_parameter(row) for row in self.rows]
+        self.stacks = [part.unflatten(1, kn).transpose(0, 1)  # (k, T, n) for each size of block
+                       for part, kn in zip(self.rows.split(parts, 1), by_size, strict=True)]  # fmt: skip
         self.update = self.rows.new_zeros(sum(sizes))  # (P,): what project() writes, each .grad a view of it
-        self.grads = self._per_parameter(self.update)
-        self.written = [None] * len(parameters)
+        exact = self._per_parameter(self.update)
+        self.grads = [g.to(p.dtype) for g, p in zip(exact, self.parameters, strict=True)]  # the same, or in less bits
+        self.cast = [pair for pair in zip(self.grads, exact, strict=True) if pair[0] is not pair[1]]
+        self.sums = [part.view(kn) for part, kn in zip(self.update.split(parts), by_size, strict=True)]  # (k, n)
 
     def _per_parameter(self, row):
         """A vector (P,) as one view per parameter."""
         parts = row.split([count * shape.numel() for count, shape in self.runs])
         views = [part.view(count, *shape).unbind() for part, (count, shape) in zip(parts, self.runs, strict=True)]
         return list(itertools.chain(*views))
-
-    def _stacked(self):
-        """The rows (T, P) as one view (k, T, n) for each size of block."""
-        parts = self.rows.split([k * n for k, n in self.by_size], dim=1)
-        return [part.unflatten(1, kn).transpose(0, 1) for part, kn in zip(parts, self.by_size, strict=True)]
 
     @torch.no_grad()
     def collect(self, task):
@@ -206,8 +237,7 @@ class OrthoLoRA:
         self._check_cleared()
         pairs = [(v, p.grad) for v, p in zip(self.views[task], self.parameters, strict=True) if p.grad is not None]
         if pairs:
-            views, grads = zip(*pairs, strict=True)
-            torch._foreach_add_(views, [g.to(v.dtype) for v, g in pairs], alpha=self.weights[task])
+            torch._foreach_add_(*zip(*pairs, strict=True), alpha=self.weights[task])
         for p in self.parameters:
             p.grad = None
 
@@ -230,8 +260,8 @@ class OrthoLoRA:
             grads[p].grad = None
 
     def _check_cleared(self):
-        for p, written in zip(self.parameters, self.written, strict=True):
-            if p.grad is not None and p.grad is written:
+        for p, written in zip(self.parameters, self.grads, strict=True):
+            if p.grad is written:
                 raise RuntimeError(
                     "OrthoLoRA.collect: .grad still holds the last projected gradient; call optimizer.zero_grad() "
                     "(with set_to_none=True, its default) before the first backward() of a step"
@@ -248,41 +278,31 @@ class OrthoLoRA:
         `balance`).
         """
         order = self.random_order() if order is None or not self.surgery else torch.as_tensor(order)
-        stacks = self._stacked()
         with full_float32(self.rows.device):
-            gram = torch.cat([g @ g.mT for g in stacks])  # (blocks, T, T)
-            scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
+            gram = torch.cat([g @ g.mT for g in self.stacks])  # (blocks, T, T)
             if self.sequential:
-                v = [torch.stack([project_conflicting(block, order.tolist(), True) for block in g]) for g in stacks]
-                torch.cat([(x * scales[:, None]).sum(1).flatten() for x in v], out=self.update)
-                gone = torch.cat([(g - x).square().sum(2) for g, x in zip(stacks, v, strict=True)])  # (blocks, T)
+                v = [torch.stack([project_conflicting(rows, order.tolist(), True) for rows in g]) for g in self.stacks]
+                taken = torch.cat([(g - x).square().sum(2) for g, x in zip(self.stacks, v, strict=True)])  # (blocks, T)
+                scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
+                gone, weights = lambda: taken, scales.expand(len(gram), -1)  # (blocks, T)
+                self.rows.zero_()
             else:
                 if gram.is_cuda:  # from pinned memory the copy waits for nothing
                     order = order.pin_memory().to(gram.device, non_blocking=True)
                 C = projection_coefficients(gram, order)
-                weights = (scales[:, None] * C).sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
-                weights = weights.split([k for k, _ in self.by_size])
-                parts = self.update.split([k * n for k, n in self.by_size])
-                for g, w, part in zip(stacks, weights, parts, strict=True):
-                    combine(g, w, out=part.view(len(g), -1))
-                D = C - torch.eye(self.num_tasks, dtype=C.dtype, device=C.device)  # v_i - g_i = sum_j D_ij g_j
-                gone = ((D @ gram) * D).sum(2)  # (blocks, T): |v_i - g_i|^2
-        for i, (p, grad) in enumerate(zip(self.parameters, self.grads, strict=True)):
-            p.grad = self.written[i] = grad if grad.dtype == p.dtype else grad.to(p.dtype)
-        self.rows.zero_()
-        return self._statistics(gram[self.callers_order], gone[self.callers_order])
+                v, gone = self.stacks, partial(removed_squares, gram, C)
+                C = balancing_scales(gram)[:, None] * C if self.balance else C
+                weights = C.sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
+            for x, w, out in zip(v, weights.split([len(g) for g in self.stacks]), self.sums, strict=True):
+                combine(x, w, out=out, clear=True)
+        if self.cast:
+            torch._foreach_copy_(*zip(*self.cast, strict=True))
+        for p, grad in zip(self.parameters, self.grads, strict=True):
+            p.grad = grad
+        return Conflicts(gram, gone, self.places, self.blocks)
 
     def random_order(self):
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
-        T = self.num_tasks
         if not self.surgery:
-            return torch.empty(T, 0, dtype=torch.long)  # nobody meets anybody
-        draws = torch.rand(T, T - 1, generator=self.generator).argsort(1)  # (T, T - 1), each row a permutation
-        return draws + (draws >= torch.arange(T)[:, None])  # task i's leaves i out
-
-    def _statistics(self, gram, gone):
-        sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
-        norms = sizes.sqrt()
-        cosines = (gram / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0)
-        removed = (gone.clamp(min=0) / sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
-        return Conflicts(cosines, cosines < 0, removed, sizes.isfinite(), self.blocks)
+            return self.others[:, :0]  # nobody meets anybody
+        return self.others.gather(1, torch.rand(self.others.shape, generator=self.generator).argsort(1))
