@@ -123,7 +123,8 @@ def projection_modes(T, device, with_torchjd):
     if with_torchjd:
         from torchjd.aggregation import PCGrad
 
-        modes["torchjd"] = None, lambda: [PCGrad()(block) for block in stack]
+        pcgrad = PCGrad()
+        modes["torchjd"] = None, lambda: [pcgrad(block) for block in stack]
     return ortho, modes
 
 
