@@ -1,5 +1,6 @@
 """train.py from end to end on the small demo: what it prints, what it writes, and what it says to bad input."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -292,6 +294,39 @@ def test_no_mask_where_nothing_is_padded(demo):
     assert {batch.mask is None for batch in seen} == {True, False}
     for batch in seen:
         assert (batch.mask is None) == bool((batch.ids != model.encoder.config.pad_id).all())
+
+
+class Enough(Exception):
+    pass
+
+
+class TenSteps:
+    """In the place of a run's progress: from after the first step, which is logged, over ten that are not."""
+
+    steps = 0
+
+    def enter(self):
+        return {}, 1, 0.0
+
+    def due(self):
+        self.steps += 1
+        if self.steps == 10:
+            raise Enough
+
+
+@pytest.mark.parametrize("how", ["loop", "stacked"])
+@pytest.mark.parametrize("method, more", [("joint", {}), ("ortho", {}), ("ortho", {"balance": True})])
+def test_no_step_waits_for_the_device(demo, monkeypatch, method, more, how):
+    """On torch's meta device there are no numbers: whatever the host would wait for raises."""
+    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32, tasks="sst2,mnli,stsb",
+                       batch_size=4, steps=1000, per_task=how, **more)  # fmt: skip
+    encoder, tasks = train.prepare(s, torch.device("cpu"))
+    model = train.build(method, encoder, tasks, 0, s).to("meta")
+    monkeypatch.setattr("ortholora.full_float32", lambda device: contextlib.nullcontext())  # meta has no autocast
+    bar = mock.Mock()
+    with pytest.raises(Enough):
+        train.train(method, model, tasks, 0, s, None, bar, TenSteps())
+    assert bar.update.call_args_list == 11 * [mock.call(3)]  # at the start for the step before it, then for each
 
 
 def test_a_frozen_weight_is_bf16_once_and_what_trains_is_not(demo):
