@@ -5,6 +5,7 @@
     python experiments/bench.py step --model FOLDER_OR_ID            a training step: joint, pcgrad, ortho
     python experiments/bench.py memory --model FOLDER_OR_ID          its peak memory, each mode in a process of its own
     python experiments/bench.py padding --model … --glue …           batches of alike lengths against plain shuffling
+    python experiments/bench.py waits --model FOLDER_OR_ID           on a GPU: how often ten steps wait for it
 
 Every table is one run: the modes take turns, round after round, and what is compared are their medians. Times of two
 runs, or of two machines, are not comparable. Peers (torchjd; transformers with peft) are timed where installed.
@@ -316,6 +317,52 @@ def bench_memory(args, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Waiting for the device
+
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+class Watched:
+    """In the place of a run's progress: profiles ten steps between two log lines, then ends the run."""
+
+    def __init__(self, device):
+        self.step, self.device = 0, device
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self.profile = profile(activities=kinds)
+
+    def enter(self):
+        return {}, 1, 0.0
+
+    def due(self):
+        self.step += 1
+        if self.step == 5:  # by now everything has been allocated and compiled
+            synchronize(self.device)
+            self.profile.start()
+        if self.step == 15:
+            self.profile.stop()
+            raise StopIteration
+
+
+def bench_waits(args, device):
+    """The training loop as `train.py` runs it: what the profiler counts of calls that wait for the device."""
+    encoder = load_encoder(train.find_checkpoint(args.model), quiet=True).to(device)
+    rows, results = [["method", "steps", *WAITS]], []
+    for method, how in MODES.values():
+        step = Step(method, how, args, device, encoder)
+        s, watched = train.dataclasses.replace(step.s, steps=1000), Watched(device)
+        with contextlib.suppress(StopIteration):
+            train.train(method, step.model, step.tasks, 0, s, None, train.tqdm(disable=True), watched)
+        seen = [event.name for event in watched.profile.events()]
+        found = {name: seen.count(name) for name in WAITS}
+        found["cudaDeviceSynchronize"] -= seen.count("cudaDeviceSynchronize") > 0  # the profiler's own, as it stops
+        results.append({"method": method, "how": how, "waits": found})
+        rows.append([f"{method}, {how}", "10", *map(str, found.values())])
+    notes = [f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
+             f"{Path(args.model).name}; AdamW, clipping and the checks that train.py makes."]  # fmt: skip
+    return rows, results, notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Padding
 
 
@@ -380,7 +427,7 @@ def bench_padding(args, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["project", "step", "memory", "padding"])
+    parser.add_argument("what", choices=["project", "step", "memory", "padding", "waits"])
     parser.add_argument("--num-tasks", default="4,8,64", help="project: numbers of tasks [%(default)s]")
     parser.add_argument("--step", action="store_true", help="project: as a share of a RoBERTa-base step, too")
     parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: time torchjd up to so many tasks")
@@ -401,6 +448,8 @@ def main():
     parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
     args = parser.parse_args()
     device = train.find_device(args.device)
+    if args.what == "waits" and device.type != "cuda":
+        parser.error("waits counts CUDA's calls; on a CPU see test_no_step_waits_for_the_device in tests/test_train.py")
     if args.clock == "cpu":
         if torch.get_num_threads() > 1 or device.type != "cpu":
             parser.error("--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1, and --device cpu")
