@@ -483,6 +483,7 @@ def build(method, encoder, tasks, seed, s):
     if s.dtype == "bf16":
         halve(model.encoder)
     if s.compile:
+        torch._dynamo.config.cache_size_limit = 64  # 8 are too few: mask or none, trained or not, each method
         model.encoder.compile(dynamic=True)
     torch.manual_seed((seed * WORLD + RANK) % 2**63)  # dropout
     return model.to(device_of(encoder))

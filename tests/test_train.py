@@ -224,6 +224,20 @@ def test_stacked_is_the_loop(run, tmp_path, flags):
     assert_same_run(tmp_path / "loop", tmp_path / "stacked", methods)
 
 
+@pytest.mark.parametrize("how", ["loop", "stacked"])
+def test_compile_serves_every_method(run, tmp_path, monkeypatch, how):
+    """Beyond a number of variants torch goes on uncompiled, with a warning that nobody reads; here it raises."""
+    methods = ["head", "single", "joint", "pcgrad", "ortho", "lori-ortho", "lori-d", "lori-s"]
+    flags = f"{SGD} --methods {','.join(methods)} --per-task {how}"
+    assert run(flags, out=tmp_path / "plain")[0] == 0
+    compile_ = torch.nn.Module.compile  # by the tracer alone: no C++ compiler, and seconds
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: compile_(self, backend="eager", **more))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
+        assert run(flags + " --compile", out=tmp_path / "compiled")[0] == 0
+    assert_same_run(tmp_path / "plain", tmp_path / "compiled", methods)
+
+
 def test_balance_changes_shared_adapters_alone(run, tmp_path):
     methods = ["single", "joint", "ortho"]
     for name, flag in ("plain", ""), ("balanced", "--balance"):
