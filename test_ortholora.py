@@ -310,6 +310,7 @@ def test_not_finite_propagates_and_is_named(bad, T):
 def test_combine_adds_from_first_to_last():
     grads = torch.tensor([[[1e8], [1.0], [-1e8]]])  # (1 + 1e8) - 1e8 = 0 in float32, in this order only
     assert combine(grads, torch.ones(1, 3)).item() == (torch.tensor(1e8) + 1.0 - 1e8).item() == 0.0
+    assert combine(grads, torch.tensor([[1.0, 2.0, 0.0]]), clear=True).item() == 1e8 and not grads.any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,9 +494,10 @@ def test_without_conflict_training_is_joint_training_to_the_bit():
 # Misuse
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to_none", [None, False])  # no zero_grad() at all; zero_grad(set_to_none=False)
-def test_forgotten_zero_grad_is_an_error(to_none):
-    parameters, ortho, grads = make(2)
+def test_forgotten_zero_grad_is_an_error(to_none, dtype):
+    parameters, ortho, grads = make(2, dtype=dtype)
     collect(ortho, parameters, grads)
     ortho.project()
     if to_none is not None:
