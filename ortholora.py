@@ -67,12 +67,6 @@ def balancing_scales(gram):
     return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # a zero gradient stays one
 
 
-def removed_squares(gram, C):
-    """|v_i - g_i|^2, out of v_i - g_i = sum_j D_ij g_j with D = C - 1: (blocks, T, T) twice -> (blocks, T)."""
-    D = C - torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
-    return ((D @ gram) * D).sum(2)
-
-
 def combine(grads, weights, out=None, clear=False):
     """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit.
 
@@ -103,6 +97,13 @@ def full_float32(device):
     finally:
         if shortcut:
             switch(before)
+
+
+def removed_squares(gram, C):
+    """|v_i - g_i|^2, out of v_i - g_i = sum_j D_ij g_j with D = C - 1: (blocks, T, T) twice -> (blocks, T)."""
+    D = C - torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+    with full_float32(C.device):
+        return ((D @ gram) * D).sum(2)
 
 
 @dataclass
