@@ -24,8 +24,8 @@ def project_conflicting(grads, order, sequential=False):
 
     grads: (T, n), row i is g_i. order: (T, T - 1), row i names the other tasks in the order in which g_i meets them.
     Returns (T, n), row i is v_i. The g_j that v_i is held against is the original one (PCGrad's rule);
-    `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is at no angle to
-    anything, so <v_i, g_j> < 0 is false.
+    `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is in conflict with
+    nobody, and one so short that its square is zero in this dtype counts as zero.
     """
     v = grads.clone()
     references = v if sequential else grads
@@ -50,7 +50,7 @@ def projection_coefficients(gram, order):
     turn = -gram / torch.where(sizes > 0, sizes, torch.inf)  # (blocks, T, T): -<g_j, g_k> / |g_j|^2, 0 for a zero g_j
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     places = order.expand(len(gram), -1, -1).split(1, dim=2)  # (blocks, T, 1) each
-    for j, place in zip(order.unbind(1), places, strict=False):  # j: (T,), the task that each i meets now
+    for j, place in zip(order.unbind(1), places, strict=False):  # j: (T,), the task that each i meets now; T = 1: none
         c = (C * turn.index_select(1, j)).sum(2, keepdim=True)  # (blocks, T, 1): -<v_i, g_j> / |g_j|^2
         C.scatter_(2, place, c.clamp_(min=0))
     return C
@@ -60,11 +60,11 @@ def balancing_scales(gram):
     """s_i = mean_j |g_j| / |g_i|, so that every s_i g_i has the same norm over all blocks: (blocks, T, T) -> (T,).
 
     Not in the paper. Without it a task moves the adapter as far as its gradient is long, and one with short gradients
-    is drowned by the others, in conflict or not. v_i is proportional to g_i and does not depend on how long the other
-    g_j are, so scaling the gradients before projection, or what it made of them, is the same.
+    is drowned by the others, in conflict or not. v_i grows with the length of g_i and ignores that of the other g_j, so
+    scaling the gradients before the projection, or what it made of them, is the same.
     """
     norms = gram.diagonal(dim1=1, dim2=2).sum(0).sqrt()  # (T,)
-    return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # a zero gradient stays one
+    return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # 0 for a zero gradient
 
 
 def combine(grads, weights, out=None, clear=False):
@@ -113,13 +113,15 @@ class Conflicts:
     cosines    (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts  (blocks, T, T)  bool: cosine < 0, so the diagonal is false
     removed    (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
-    finite     (blocks, T)     bool: no NaN, no infinity, and no norm beyond float32, in task i's gradient of the block
+    finite     (blocks, T)     bool: |g_i|^2 is finite in float32, so no NaN, no infinity, no norm beyond 1.8e19
     parameters [[tensor]]      the blocks themselves, for names in messages
+
+    Read `finite`, or call `check`, before you trust the others: what is not finite counts as 0 there.
     """
 
     gram: torch.Tensor  # (blocks, T, T), in the buffer's order
     gone: Callable  # () -> (blocks, T): |g_i - v_i|^2
-    places: torch.Tensor  # (blocks,): where in these each block of the caller's is
+    places: torch.Tensor  # (blocks,): where each of the caller's blocks is in these
     parameters: list
 
     @cached_property
@@ -146,7 +148,8 @@ class Conflicts:
     def check(self, model=None, tasks=None):
         """Raise FloatingPointError if a gradient was not finite, naming task and parameter (by name, given the model).
 
-        This reads from the device, so it waits for it: call it when you log, not at every step.
+        This reads from the device, so it waits for it: call it when you log, not at every step. (With GradScaler a step
+        that overflows is nothing unusual: check where `scaler.get_scale()` keeps falling.)
         """
         bad = (~self.finite).nonzero()
         if len(bad):
@@ -172,7 +175,7 @@ class OrthoLoRA:
     blocks: a list of lists of parameters. The tensors of one inner list are projected as one vector, so the unit of
     projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] is by role, [[everything]]
     is PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
-    weights: one number per task, g_t = w_t dL_t (default 1). generator: draws the random order (on the CPU).
+    weights: one number per task, g_t = w_t dL_t in the blocks (default 1). generator: draws the order, on the CPU.
     sequential: hold v_i against v_j, not g_j; only for comparison, it runs the textbook block by block.
     balance: write sum_i s_i v_i, s_i of `balancing_scales`, which leaves no say to `weights` but in the scale of all.
     surgery=False: project nothing, v_i = g_i; to balance alone, or to watch the conflicts of joint training.
@@ -194,19 +197,19 @@ class OrthoLoRA:
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
         self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
         self.balance, self.surgery = balance, surgery
-        T = range(num_tasks)
-        self.others = torch.tensor([[j for j in T if j != i] for i in T], dtype=torch.long)  # (T, T - 1), on the CPU
+        others = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
+        self.others = torch.tensor(others, dtype=torch.long, device="cpu")  # (T, T - 1)
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
 
         # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
-        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, which is (1, T, 2) and (2, T, 6). Of these, blocks
-        # of one shape come together, so that their parameters are one view, too.
+        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, which is (1, T, 2) and (2, T, 6). Within a size,
+        # blocks of one shape come together, so that their parameters are one view, too.
         sizes = [sum(p.numel() for p in block) for block in self.blocks]
-        order = sorted(range(len(sizes)), key=lambda b: (sizes[b], [p.shape for p in self.blocks[b]]))  # the buffer's
+        layout = sorted(range(len(sizes)), key=lambda b: (sizes[b], [p.shape for p in self.blocks[b]]))
         by_size = [(sizes.count(n), n) for n in sorted(set(sizes))]
         parts = [k * n for k, n in by_size]
-        self.places = torch.tensor(order, device=parameters[0].device).argsort()
-        self.parameters = [p for b in order for p in self.blocks[b]]
+        self.places = torch.tensor(layout, device=parameters[0].device).argsort()
+        self.parameters = [p for b in layout for p in self.blocks[b]]
         self.runs = [(len(list(run)), shape) for shape, run in itertools.groupby(p.shape for p in self.parameters)]
         dtype = torch.float32
         for p in parameters:
@@ -218,7 +221,7 @@ class OrthoLoRA:
                        for part, kn in zip(self.rows.split(parts, 1), by_size, strict=True)]  # fmt: skip
         self.update = self.rows.new_zeros(sum(sizes))  # (P,): what project() writes, each .grad a view of it
         exact = self._per_parameter(self.update)
-        self.grads = [g.to(p.dtype) for g, p in zip(exact, self.parameters, strict=True)]  # the same, or in less bits
+        self.grads = [g.to(p.dtype) for g, p in zip(exact, self.parameters, strict=True)]  # or a copy in p's dtype
         self.cast = [pair for pair in zip(self.grads, exact, strict=True) if pair[0] is not pair[1]]
         self.sums = [part.view(kn) for part, kn in zip(self.update.split(parts), by_size, strict=True)]  # (k, n)
 
@@ -246,14 +249,17 @@ class OrthoLoRA:
     def collect_stacked(self, grads):
         """After the one backward() of `lora.per_task`: add every task's gradient to its row.
 
-        grads: {parameter: a tensor whose .grad is (T, *parameter.shape)}, or None where the loss didn't depend on it.
-        Raises RuntimeError as `collect` does, and where no gradient came at all, KeyError where a parameter of the
-        blocks is not in grads.
+        grads: {parameter: its view}; a view's .grad is (T, *parameter.shape), or None where no loss depended on it.
+        Raises RuntimeError as `collect` does, and where no gradient came at all; ValueError where they are those of
+        another number of tasks; KeyError where a parameter of the blocks is not in grads.
         """
         self._check_cleared()
         found = [grads[p].grad for p in self.parameters]
         if all(g is None for g in found):
             raise RuntimeError("OrthoLoRA.collect_stacked: no gradient came; call backward() inside `with per_task`")
+        stacked = next(len(g) for g in found if g is not None)
+        if stacked != self.num_tasks:
+            raise ValueError(f"OrthoLoRA: gradients of {stacked} tasks stacked, but num_tasks={self.num_tasks}")
         found = [p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
                  for g, p in zip(found, self.parameters, strict=True)]  # fmt: skip
         self.rows.addcmul_(torch.cat(found, 1).to(self.rows.dtype), self.weights_column)
@@ -264,14 +270,14 @@ class OrthoLoRA:
         for p, written in zip(self.parameters, self.grads, strict=True):
             if p.grad is written:
                 raise RuntimeError(
-                    "OrthoLoRA.collect: .grad still holds the last projected gradient; call optimizer.zero_grad() "
+                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() "
                     "(with set_to_none=True, its default) before the first backward() of a step"
                 )
 
     @torch.no_grad()
     def project(self, order=None):
-        """Write sum_i v_i into every .grad, clear the rows, and return the `Conflicts`. (The next call writes the same
-        memory anew: clone a .grad to keep it.)
+        """Write sum_i v_i into every .grad, zeros where no task had a gradient, clear the rows, and return the
+        `Conflicts`. (The next call writes the same memory anew: clone a .grad to keep it.)
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. A gradient that isn't finite is never
         projected away: it makes .grad not finite as well, so GradScaler skips the step as it should.
@@ -286,16 +292,16 @@ class OrthoLoRA:
                 taken = torch.cat([(g - x).square().sum(2) for g, x in zip(self.stacks, v, strict=True)])  # (blocks, T)
                 scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
                 gone, weights = lambda: taken, scales.expand(len(gram), -1)  # (blocks, T)
-                self.rows.zero_()
+                self.rows.zero_()  # v is a copy
             else:
-                if gram.is_cuda:  # from pinned memory the copy waits for nothing
+                if gram.is_cuda and not order.is_cuda:  # from pinned memory the copy waits for nothing
                     order = order.pin_memory().to(gram.device, non_blocking=True)
                 C = projection_coefficients(gram, order)
                 v, gone = self.stacks, partial(removed_squares, gram, C)
                 C = balancing_scales(gram)[:, None] * C if self.balance else C
                 weights = C.sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
             for x, w, out in zip(v, weights.split([len(g) for g in self.stacks]), self.sums, strict=True):
-                combine(x, w, out=out, clear=True)
+                combine(x, w, out=out, clear=not self.sequential)
         if self.cast:
             torch._foreach_copy_(*zip(*self.cast, strict=True))
         for p, grad in zip(self.parameters, self.grads, strict=True):
@@ -306,4 +312,5 @@ class OrthoLoRA:
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
         if not self.surgery:
             return self.others[:, :0]  # nobody meets anybody
-        return self.others.gather(1, torch.rand(self.others.shape, generator=self.generator).argsort(1))
+        draws = torch.rand(self.others.shape, generator=self.generator, device="cpu")
+        return self.others.gather(1, draws.argsort(1))

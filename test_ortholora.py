@@ -554,6 +554,16 @@ def test_stacked_without_any_gradient_is_an_error():
         ortho.collect_stacked({p: p.detach().expand(2, *p.shape).requires_grad_() for p in parameters})
 
 
+def test_stacked_gradients_of_another_number_of_tasks_are_an_error():
+    parameters, ortho, _ = make(2)
+    views = {p: p.detach().expand(1, *p.shape).requires_grad_() for p in parameters}  # would be added to both rows
+    for view in views.values():
+        view.sum().backward()
+    with pytest.raises(ValueError, match="of 1 tasks"):
+        ortho.collect_stacked(views)
+    assert not ortho.rows.any()
+
+
 def test_bad_arguments():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
