@@ -378,6 +378,7 @@ def cost(device="cpu"):
         seconds = {r["mode"]: r["seconds"] for r in bench[f"step-{dtype}"]["results"]}
         joint = min(seconds["joint, loop"], seconds["joint, one mixed batch"])
         own = [f"{how} {seconds[f'ortho, {how}'] / joint:.3f}" for how in ("loop", "stacked")]
+        own.append(f"joint's own loop {seconds['joint, loop'] / joint:.3f}")
         rows.append([f"a step of `ortho` against the faster joint step, {name}", ", ".join(own),
                      link[f"step-{dtype}"]])  # fmt: skip
         theirs = min(x for mode, x in seconds.items() if "peft" in mode)
