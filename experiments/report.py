@@ -4,12 +4,14 @@
     python experiments/report.py --check    says where the README or a table differs from the results, and ends with 1
 
 A block of the README stands between <!-- experiments/results/….md --> and <!-- end -->, and is that file, word for
-word, up to where it says <!-- more -->; no number of an experiment stands elsewhere. Figures need matplotlib and carry
-their results' checksum.
+word, up to where it says <!-- more -->; no number of an experiment stands elsewhere. Figures carry their results'
+checksum. Needs requirements-dev.txt: intervals are scipy's, figures matplotlib's.
 """
 
 import argparse
+import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -18,7 +20,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+
+with contextlib.suppress(ImportError):  # main() says so
+    from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "experiments" / "results", ROOT / "README.md"
@@ -551,6 +555,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs")
     args = parser.parse_args()
+    for package in ["scipy"] + ["matplotlib"] * (not args.check):
+        if not importlib.util.find_spec(package):
+            parser.error(f"needs {package}, not installed; run pip install -r requirements-dev.txt")
     paths = sorted(RESULTS.glob("*/results.json"))
     wrong = []
 

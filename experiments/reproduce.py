@@ -30,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import commit, machine  # noqa: E402
+from bench import commit, installed, machine  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
@@ -320,6 +320,8 @@ def main():
         about = {name: experiment.about for name, experiment in EXPERIMENTS.items()}
         for name, text in (about | {name: f.__doc__.splitlines()[0] for name, f in SPECIAL.items()}).items():
             print(f"{name:10} {text}")
+    elif args.experiment == "trust" and not installed("safetensors"):
+        parser.error("trust needs safetensors, not installed; run pip install -r requirements-dev.txt")
     elif args.experiment in ("demo", "trust"):
         SPECIAL[args.experiment](args)
     elif not args.model and not (args.experiment in EXPERIMENTS and EXPERIMENTS[args.experiment].toy):

@@ -27,10 +27,15 @@ import traceback
 import tracemalloc
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+try:
+    import safetensors
+    import safetensors.torch
+except ImportError:
+    print("fuzz.py: needs safetensors, not installed; run pip install -r requirements-dev.txt", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

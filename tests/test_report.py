@@ -1,6 +1,7 @@
 """experiments/report.py: intervals against scipy's t test, words, --check; reproduce.py end to end, small."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -79,6 +80,21 @@ def test_check_fails_where_a_number_of_the_readme_is_changed(tmp_path, monkeypat
         report.main()
     assert stopped.value.code == 1 and "README.md differs" in capsys.readouterr().out
     assert report.embed(changed) == text  # and writing it puts the number back
+
+
+@pytest.mark.parametrize("script, package", [("experiments/report.py --check", "scipy"),
+                                             ("experiments/report.py", "matplotlib"), ("tests/fuzz.py", "safetensors"),
+                                             ("experiments/reproduce.py trust", "safetensors")])  # fmt: skip
+def test_what_train_does_without_is_asked_for_in_one_line(script, package, tmp_path):
+    """Before anything is written: with requirements.txt alone these scripts can't do what they are for."""
+    code = ("import runpy, sys; sys.modules[sys.argv.pop(1)] = None\n"
+            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")  # fmt: skip
+    path, *flags = script.split() + ["--results", str(tmp_path)] * ("trust" in script)
+    done = subprocess.run([sys.executable, "-c", code, package, path, *flags], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": "experiments"})  # fmt: skip
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"needs {package}" in last and "requirements-dev.txt" in last
 
 
 def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypatch, capsys):
