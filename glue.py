@@ -10,11 +10,8 @@
 """
 
 import contextlib
-import io
-import logging
 import math
 import os
-import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +20,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import BadInput, ask_hub, atomic_write, hub_error, looks_like_path, reason
+from support.checkpoint import BadInput, atomic_write
+from support.hub import read_splits, reason
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics. Each takes predictions (n,) and labels (n,) and computes in float64. Where a denominator is zero (one class,
@@ -194,68 +192,6 @@ class Examples:
 
     def __len__(self):
         return len(self.texts)
-
-
-@contextlib.contextmanager
-def quiet():
-    """No progress bars, log lines or warnings of the loading libraries amid our own output."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def split_files(folder):
-    """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like."""
-    splits = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in (".parquet", ".csv", ".json", ".jsonl"):
-            splits.setdefault(re.split("[-.]", path.name)[0], []).append(path.name)
-    return splits
-
-
-def read_splits(name, source):
-    """{split: datasets.Dataset} of a task, from a local folder or else from the Hub or its cache.
-
-    Raises BadInput for a folder or task that isn't there or can't be read, HubError for all that can fail at the Hub.
-    """
-    source, folder = str(source), Path(os.path.expanduser(source))
-    if not folder.is_dir() and (looks_like_path(source) or folder.exists()):
-        raise BadInput(f"there is no GLUE folder {source}")
-
-    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
-    import datasets
-
-    trouble = None if folder.is_dir() else ask_hub("dataset", source, "README.md")
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        datasets.config.HF_HUB_OFFLINE = offline or trouble is not None  # then the cache is all there is
-        with quiet():
-            if not folder.is_dir():
-                return datasets.load_dataset(source, name)
-            # A folder for each task first: `datasets` caches these by their files, but what a README names by that
-            # README alone, so that changed files, or another folder of the same name, would give the old rows.
-            folders = [path.name for path in folder.iterdir() if split_files(path)]
-            if name in folders:
-                return datasets.load_dataset(str(folder / name), data_files=split_files(folder / name))
-            configs = datasets.get_dataset_config_names(str(folder))  # as the folder's README has them
-            if name in configs:
-                return datasets.load_dataset(str(folder), name)
-            tasks = sorted({*configs, *folders} - {"default"})
-    except Exception as e:  # each way to fail raises a class of its own, some of them other packages'
-        if empty := re.search(r'"(\w+)" corresponds to no data', str(e)):
-            raise BadInput(f"{name} {empty[1]} in {source} is empty") from None
-        if folder.is_dir():
-            raise BadInput(f"task {name!r} in {source} can't be read: {reason(e)}") from None
-        if "BuilderConfig" not in str(e):
-            raise trouble or hub_error("dataset", source, e) from None
-        tasks = re.findall(r"'(\w+)'", str(e).partition("Available")[2])
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-    raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or 'none'}")
 
 
 def label_ids(task, values, names, where):

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import BadInput, find_checkpoint, read_json, read_weights, shown
+from support.checkpoint import BadInput, read_json, read_weights, shown
+from support.hub import find_checkpoint
 
 # Our fields <- the keys of config.json, and each layer's parts -> the paths in the checkpoint, family by family.
 

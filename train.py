@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import http.client
 import json
 import math
 import os
@@ -22,10 +21,7 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,22 +34,6 @@ from tqdm import tqdm
 
 import lora
 import lori
-from checkpoint import (
-    BadInput,
-    HubError,
-    Progress,
-    Stopped,
-    find_checkpoint,
-    load_adapter,
-    looks_like_path,
-    read_header,
-    read_json,
-    remove_state,
-    save_adapter,
-    save_masks,
-    shown,
-    write_text,
-)
 from glue import (
     TASKS,
     batches,
@@ -62,13 +42,26 @@ from glue import (
     evaluation_batches,
     load_task,
     load_tokenizer,
-    read_splits,
     score,
     write_submission,
 )
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA
-from toy import make_demo
+from support.checkpoint import (
+    BadInput,
+    Progress,
+    Stopped,
+    load_adapter,
+    read_header,
+    read_json,
+    remove_state,
+    save_adapter,
+    save_masks,
+    shown,
+    write_text,
+)
+from support.hub import HubError, find_checkpoint, go_offline_if_hub_is_down, read_splits
+from support.toy import make_demo
 
 METHODS = {  # name -> what it is, for the help text
     "head": "frozen encoder, trained heads: the floor",
@@ -302,32 +295,6 @@ def find_device(name):
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device
-
-
-def hub_answers(seconds=5):
-    """Whether the Hub answers at all. The libraries retry for 25 seconds before they give up, so ask once ourselves."""
-    url, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
-            answers.append(True)
-        except urllib.error.HTTPError as e:
-            answers.append(e.code < 500)
-        except (OSError, ValueError, http.client.HTTPException):
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout, so wait for it from outside
-    thread.start()
-    thread.join(seconds)
-    return bool(answers) and answers[0]
-
-
-def go_offline_if_hub_is_down(*sources):
-    """Where something must come from the Hub and it does not answer, let the libraries look in their caches alone."""
-    remote = [x for x in sources if not (looks_like_path(x) or Path(x).exists())]
-    if remote and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's libraries when they are imported, which is later
 
 
 # ---------------------------------------------------------------------------------------------------------------------

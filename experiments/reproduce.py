@@ -156,8 +156,9 @@ def reproduce(name, args):
         return [word for flag, value in given.items() for word in ([flag] if value is True else [flag, value])]
 
     for level in sorted(set(experiment.toy.values())):
-        world = [sys.executable, str(ROOT / "toy.py"), str(out / f"toy-{level:g}"), "--conflict", f"{level:g}"]
-        subprocess.run(world, check=True, stdout=subprocess.DEVNULL)
+        world = [sys.executable, "-m", "support.toy", str((out / f"toy-{level:g}").resolve())]
+        world += ["--conflict", f"{level:g}"]
+        subprocess.run(world, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
     steps, seeds = int(common["--steps"]), range(experiment.seeds)
     trial, calls = {"steps": steps // 2, "seeds": "1000", "holdout": HOLDOUT}, [str(seed) for seed in seeds]

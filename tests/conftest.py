@@ -1,6 +1,6 @@
 import pytest
 
-from toy import make_demo
+from support.toy import make_demo
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,10 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from checkpoint import (  # noqa: E402
+from glue import encode, load_tokenizer  # noqa: E402
+from lora import add_lora, replace_module  # noqa: E402
+from model import FAMILIES, Config, Encoder, MultiTaskModel, load_encoder  # noqa: E402
+from support.checkpoint import (  # noqa: E402
     DTYPES,
     MASKS,
     BadInput,
@@ -50,9 +53,6 @@ from checkpoint import (  # noqa: E402
     save_masks,
     write_safetensors,
 )
-from glue import encode, load_tokenizer  # noqa: E402
-from lora import add_lora, replace_module  # noqa: E402
-from model import FAMILIES, Config, Encoder, MultiTaskModel, load_encoder  # noqa: E402
 
 SECONDS, CONSTANT, GROWTH, PART = 5, 16 << 20, 128 << 20, 10_000
 MESSAGE = {"tokenizer": 10**6}  # characters; 1000 for the others: what `tokenizers` says quotes the file

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import train  # noqa: E402  before the forks, so that none of them has to
+from support import checkpoint  # noqa: E402
 
 FLAGS = ["--tasks", "sst2,stsb", "--methods", "single,joint,ortho,lori-d,lori-s,lora-merged,lori-s-merged",
          "--steps", "4", "--batch-size", "4", "--max-length", "32", "--dtype", "fp32", "--dropout", "0.1",
@@ -76,7 +76,7 @@ def main(argv=None):
     moments, kills, wrong = random.Random(args.seed), dict.fromkeys(PHASES, 0), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make = "import sys, toy; toy.make_demo(sys.argv[1], steps=20, rows=64, quiet=True)"
+        make = "import sys; from support import toy; toy.make_demo(sys.argv[1], steps=20, rows=64, quiet=True)"
         subprocess.run([sys.executable, "-c", make, str(folder / "demo")], cwd=ROOT, check=True)
         flags = ["--model", str(folder / "demo/model"), "--glue", str(folder / "demo/glue"), *FLAGS]
         child, begin, done = start(flags, folder / "whole"), None, 0

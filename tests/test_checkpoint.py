@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 
-import checkpoint
-from checkpoint import (
+from lora import LoRALinear, add_lora, lora_layers
+from model import MultiTaskModel, load_encoder
+from support import checkpoint
+from support.checkpoint import (
     DTYPES,
     BadInput,
     atomic_write,
-    find_checkpoint,
     load_adapter,
-    looks_like_path,
     read_header,
     read_json,
     read_safetensors,
@@ -29,8 +29,7 @@ from checkpoint import (
     write_safetensors,
     write_text,
 )
-from lora import LoRALinear, add_lora, lora_layers
-from model import MultiTaskModel, load_encoder
+from support.hub import find_checkpoint, looks_like_path
 
 ROOT = Path(checkpoint.__file__).parent
 

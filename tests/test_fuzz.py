@@ -10,7 +10,9 @@ import fuzz
 import pytest
 import torch
 
-from checkpoint import (
+from glue import encode, load_tokenizer
+from model import load_encoder
+from support.checkpoint import (
     MASKS,
     MAX_JSON,
     BadInput,
@@ -22,8 +24,6 @@ from checkpoint import (
     read_weights,
     write_safetensors,
 )
-from glue import encode, load_tokenizer
-from model import load_encoder
 
 
 @pytest.fixture(scope="module")

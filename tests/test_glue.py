@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import glue
-from checkpoint import BadInput, HubError
 from glue import TASKS, accuracy, f1, matthews, pearson, score, spearman
+from support.checkpoint import BadInput
+from support.hub import HubError
 
 ROOT = Path(glue.__file__).parent
 
@@ -392,7 +393,7 @@ def test_all_that_can_fail_at_the_hub_is_one_line(monkeypatch, failure, caplog, 
         raise failure
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(glue, "ask_hub", lambda *_: None)
+    monkeypatch.setattr("support.hub.ask_hub", lambda *_: None)
     with pytest.raises(HubError) as error:
         glue.load_task("rte")
     assert one_line(error).startswith("dataset 'nyu-mll/glue' can't be had from the Hub: ")
@@ -408,7 +409,7 @@ def test_a_task_that_the_hubs_dataset_lacks_is_named(monkeypatch):
         raise ValueError("BuilderConfig 'rte' not found. Available: ['cola', 'sst2']")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    monkeypatch.setattr(glue, "ask_hub", lambda *_: None)
+    monkeypatch.setattr("support.hub.ask_hub", lambda *_: None)
     with pytest.raises(BadInput) as error:
         glue.load_task("rte", "someone/glue")
     assert one_line(error) == "someone/glue has no task 'rte'; it has cola, sst2"

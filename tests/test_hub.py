@@ -17,14 +17,16 @@ from test_glue import rows_of, write
 from tiny import make, tiny
 
 import glue
-from checkpoint import BadInput, find_checkpoint
+from support.checkpoint import BadInput
+from support.hub import find_checkpoint
 
 ROOT = Path(glue.__file__).parent
 
 # Its waits between attempts don't pass, they are added up.
 ASK = """
 import json, sys, time
-from checkpoint import BadInput, find_checkpoint
+from support.checkpoint import BadInput
+from support.hub import find_checkpoint
 from glue import read_splits
 from model import load_encoder
 

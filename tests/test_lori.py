@@ -12,16 +12,6 @@ import transformers as hf
 from tiny import batch, make, one_line, run, tiny
 from torch import nn
 
-from checkpoint import (
-    MASKS,
-    BadInput,
-    load_masks,
-    read_header,
-    read_safetensors,
-    save_adapter,
-    save_masks,
-    write_safetensors,
-)
 from lora import LoRALinear, add_lora, lora_layers, lora_parameters
 from lori import (
     MaskedB,
@@ -37,6 +27,16 @@ from lori import (
 )
 from model import Encoder, MultiTaskModel, load_encoder, read_config
 from ortholora import OrthoLoRA, project_conflicting
+from support.checkpoint import (
+    MASKS,
+    BadInput,
+    load_masks,
+    read_header,
+    read_safetensors,
+    save_adapter,
+    save_masks,
+    write_safetensors,
+)
 
 
 class Mlp(nn.Module):

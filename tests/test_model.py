@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 
-from checkpoint import BadInput
 from model import Config, Encoder, Head, MultiTaskModel, load_encoder, read_config
+from support.checkpoint import BadInput
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoder

@@ -15,9 +15,9 @@ import kills
 import pytest
 import torch
 
-import checkpoint
 import train
-from checkpoint import (
+from support import checkpoint
+from support.checkpoint import (
     BadInput,
     Progress,
     load_state,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import glue
-import toy
-from checkpoint import read_safetensors
 from model import load_encoder
+from support import toy
+from support.checkpoint import read_safetensors
 
 TINY = {"steps": 5, "rows": 64, "quiet": True}
 

@@ -20,9 +20,10 @@ from transformers import AutoModelForSequenceClassification
 import lora
 import lori
 import train
-from checkpoint import HubError, Stopped, load_masks, read_header, read_safetensors, write_safetensors
 from glue import encode, load_task, load_tokenizer, score
 from model import load_encoder
+from support.checkpoint import Stopped, load_masks, read_header, read_safetensors, write_safetensors
+from support.hub import HubError, hub_answers
 
 ROOT = Path(__file__).parent.parent
 
@@ -715,7 +716,8 @@ def test_divergence_is_named(run):
 # Without the Hub
 
 SMALL_DEMO = """
-import functools, sys, toy, train
+import functools, sys, train
+from support import toy
 train.make_demo = functools.partial(toy.make_demo, steps=5, rows=64, quiet=True)
 sys.exit(train.main(sys.argv[1:]))
 """
@@ -767,7 +769,7 @@ def test_hub_that_never_answers_is_given_up(monkeypatch):
         s.listen(1)
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{s.getsockname()[1]}")
         begin = time.monotonic()
-        assert not train.hub_answers(seconds=0.5)
+        assert not hub_answers(seconds=0.5)
         assert time.monotonic() - begin < 5
 
 

@@ -1,6 +1,5 @@
 """Everything that touches disk: checkpoints in, adapters in and out, and every write atomic.
 
-    find_checkpoint     a local folder or a Hub id -> a folder with config.json, tokenizer.json and weights
     read_weights        model.safetensors, a sharded index, or pytorch_model.bin -> {name: tensor}
     read_safetensors, write_safetensors
     save_adapter, load_adapter      PEFT's adapter folders (adapter_config.json, adapter_model.safetensors)
@@ -29,10 +28,6 @@ from lora import LoRALinear, lora_layers, replace_module
 
 class BadInput(ValueError):
     """Something the user gave can't be used; the message is one line that says what, and what to do."""
-
-
-class HubError(BadInput):
-    """The Hub could not be reached, or did not have what was asked of it."""
 
 
 SHORT = reprlib.Repr()
@@ -214,105 +209,6 @@ def write_safetensors(path, tensors, metadata=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Published checkpoints
-
-
-def looks_like_path(name):
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def reason(error):
-    """What an error began with, in one line."""
-    while error.__cause__:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def hub_error(kind, name, error):
-    """A HubError with one line for whatever the Hub's libraries raised over the model or dataset `name`."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, hub.GatedRepoError):
-        return HubError(f"{kind} {name!r} is gated: ask for access on its page and set HF_TOKEN")
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return HubError(f"no {kind} {name!r} on the Hub, or it is private (then set HF_TOKEN)")
-    if isinstance(error, hub.OfflineModeIsEnabled):
-        why, advice = "it is down, or HF_HUB_OFFLINE is set, and the cache lacks it or a part of it", "connect"
-    else:
-        why, status = reason(error), getattr(getattr(error, "response", None), "status_code", None)
-        advice = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 429: "wait some minutes"}.get(status, "try again later")
-    where = "" if constants.ENDPOINT in why else f" ({constants.ENDPOINT})"
-    return HubError(f"{kind} {name!r} can't be had from the Hub: {why}{where}; {advice}, or give a local folder")
-
-
-def ask_hub(kind, name, file, revision="main"):
-    """Ask the Hub for a file's headers: None, or a HubError that says why the model or dataset can't be had.
-
-    Only once: its libraries would try a Hub that is down for 25 seconds, and wait as long as a busy one tells them to.
-    Raises BadInput for what is no Hub id.
-    """
-    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
-    from huggingface_hub import errors as hub
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=revision))
-    except hub.EntryNotFoundError:
-        pass  # the file is not there, the repository is
-    except hub.HFValidationError:
-        raise BadInput(f"{name!r} is neither a folder nor a Hub id") from None
-    except hub.RevisionNotFoundError:
-        return HubError(f"{kind} {name!r} has no revision {revision!r}; try 'main'")
-    except Exception as e:  # no network, a proxy: classes of several packages
-        return hub_error(kind, name, e)
-
-
-def find_checkpoint(path_or_id, revision="main"):
-    """The folder that holds a checkpoint: the local folder of that name, or the Hub's, downloaded or from its cache.
-
-    Raises BadInput for a folder that isn't there, HubError for all that can go wrong with the Hub.
-    """
-    folder = os.path.expanduser(path_or_id)
-    if os.path.isdir(folder):
-        return Path(folder)
-    if looks_like_path(str(path_or_id)) or os.path.exists(folder):
-        raise BadInput(f"there is no model folder {path_or_id}")
-
-    trouble = ask_hub("model", str(path_or_id), "config.json", revision)  # then the cache is all there is
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download, logging
-
-    logging.set_verbosity_error()  # no warning for each of its retries
-
-    def download(*names):
-        """The first of `names` that the repository has; None where it has none."""
-        for name in names:
-            try:
-                return Path(hf_hub_download(path_or_id, name, revision=revision, local_files_only=bool(trouble)))
-            except hub.LocalEntryNotFoundError:
-                if not trouble:
-                    raise
-            except hub.EntryNotFoundError:
-                continue
-        return None
-
-    try:
-        config = download("config.json")
-        if config is None:
-            raise trouble or HubError(f"model {path_or_id!r} has no config.json")
-        download("tokenizer.json")
-        weights = download("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-        if weights is None:
-            raise trouble or HubError(f"model {path_or_id!r} has no model.safetensors and no pytorch_model.bin")
-        if weights.name.endswith(".index.json"):
-            for shard in shards(weights):
-                if download(shard) is None:
-                    raise trouble or HubError(f"model {path_or_id!r} has no {shard}, which its index names")
-        return config.parent
-    except BadInput:
-        raise
-    except Exception as e:  # a connection that broke, a full disk: classes of several packages
-        raise hub_error("model", path_or_id, e) from None
 
 
 def shards(index):

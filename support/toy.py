@@ -6,7 +6,7 @@
 
 so that whatever reads real data and real checkpoints reads these, and knows nothing of this file.
 
-    python toy.py FOLDER [--seed 0] [--conflict 0.5]        writes them, and prints a few rows of each task
+    python -m support.toy FOLDER [--seed 0] [--conflict 0.5]        writes them, and prints a few rows of each task
 
 It reads in the order of its making: words, sentences, tasks, files, tokenizer, pretraining, and one entry point.
 """
@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import BadInput, read_json, write_safetensors, write_text
-from glue import quiet
 from model import ACTIVATIONS, BERT_KEYS, Config, Encoder
+from support.checkpoint import BadInput, read_json, write_safetensors, write_text
+from support.hub import quiet
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words. Two words in one pair of brackets mean the same; what stands across from them means the opposite.
