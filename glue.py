@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from support.checkpoint import BadInput, atomic_write
+from support.checkpoint import BadInput, atomic_write, shown
 from support.hub import read_splits, reason
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def label_ids(task, values, names, where):
     if None in ids:
         row = ids.index(None)
         value = values[row]
-        shown = f"{value} {names[value]}" if names and value in range(len(names)) else repr(value)
-        raise BadInput(f"{where}: row {row} has label {shown}; allowed: {allowed(task)}")
+        said = f"{value} {names[value]}" if names and value in range(len(names)) else repr(value)
+        raise BadInput(f"{where}: row {row} has label {said}; allowed: {allowed(task)}")
     return np.array(ids, dtype=np.int64 if task.labels else np.float32)
 
 
@@ -291,6 +291,68 @@ def encode(tokenizer, texts, max_length):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A task, ready to train on
+
+
+@dataclass(eq=False)
+class TaskData:
+    """One task, tokenized. Encoded: a list of (ids, type ids); labels: (n,)."""
+
+    name: str
+    train: list
+    train_labels: np.ndarray
+    validation: list  # what is scored: the validation split, or training rows held out
+    validation_labels: np.ndarray
+    weight: float = 1.0  # multiplies the loss
+
+    @property
+    def lengths(self):
+        """Tokens of each training row: (n,)."""
+        return np.array([len(ids) for ids, _ in self.train])
+
+    @property
+    def regression(self):
+        return TASKS[self.name].outputs == 1
+
+    def majority(self):
+        """The most frequent training label, or the mean one: what there is to say without reading the sentence."""
+        return float(self.train_labels.mean()) if self.regression else int(np.bincount(self.train_labels).argmax())
+
+    def label_variance(self):
+        """What mean squared error is divided by, so that saying the mean label costs 1: near ln 2 and ln 3."""
+        return float(self.train_labels.var()) or 1.0
+
+
+def encode_for(config, tokenizer, texts, max_length):
+    """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
+    encoded = encode(tokenizer, texts, max_length)
+    for row, (ids, types) in enumerate(encoded):
+        known = max(ids, default=0) < config.vocabulary and max(types, default=0) < max(2, config.segments)
+        if not (0 < len(ids) <= max_length and known):
+            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocabulary} ids: of "
+                           f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}")  # fmt: skip
+    return encoded
+
+
+def load_data(name, source, tokenizer, config, max_length, holdout=0, weight=1.0):
+    """One task's training rows, and the rows to score on: the validation split, or `holdout` training rows held out.
+
+    config: the model's, for what its embeddings hold. Raises BadInput.
+    """
+    train = load_task(name, source, "train")
+    encoded = encode_for(config, tokenizer, train.texts, max_length)
+    if not holdout:
+        validation = load_task(name, source, "validation")
+        scored = encode_for(config, tokenizer, validation.texts, max_length)
+        return TaskData(name, encoded, train.labels, scored, validation.labels, weight)
+    if holdout >= len(encoded):
+        raise BadInput(f"--holdout {holdout}: {name} has only {len(encoded)} training rows")
+    rows = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
+    held, kept = (([encoded[i] for i in part], train.labels[part]) for part in np.split(rows, [holdout]))
+    return TaskData(name, *kept, *held, weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -348,6 +410,49 @@ def collate(rows, pad_id):
     input_ids[attention_mask] = [i for ids, _ in rows for i in ids]  # row after row, as the mask runs
     token_type_ids[attention_mask] = [i for _, types in rows for i in types]
     return tuple(torch.from_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
+
+
+@dataclass
+class Batch:
+    """Sequences of one task, or of several stacked task by task, on the model's device."""
+
+    tasks: list  # TaskData of each
+    sizes: list  # how many sequences of each
+    ids: torch.Tensor  # (sum of sizes, length)
+    mask: torch.Tensor | None  # the same, true where there is a token; None where there is no padding
+    types: torch.Tensor  # the same
+    labels: list  # (size,) of each
+
+
+def to_device(x, device):
+    """`x` on the device; to a GPU from pinned memory, so that the copy waits for nothing."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
+
+
+def inputs(encoded, pad_id, device):
+    """Encoded examples -> (ids, mask or None where nothing is padded, types), (b, l) each, on the device."""
+    ids, mask, types = collate(encoded, pad_id)
+    return to_device(ids, device), None if mask.all() else to_device(mask, device), to_device(types, device)
+
+
+def batches_of_steps(tasks, seed, s, pad_id, device, start=0, rank=0, world=1):
+    """Yields the batches of each step, one per task or, stacked, one for all: the same examples for every method.
+
+    s has batch_size, window and per_task. Of `world` processes each takes its share of every task's examples, and of no
+    batch where that is none.
+    """
+    streams = [batches(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
+    groups = [range(len(tasks))] if s.per_task == "stacked" else [[t] for t in range(len(tasks))]
+    for drawn in zip(*streams, strict=True):
+        share = [np.array_split(rows, world)[rank] for rows in drawn]
+        step = []
+        for group in [group for group in groups if any(len(share[t]) for t in group)]:
+            encoded = [tasks[t].train[i] for t in group for i in share[t]]
+            labels = [to_device(torch.from_numpy(tasks[t].train_labels[share[t]]), device) for t in group]
+            sizes = [len(share[t]) for t in group]
+            step.append(Batch([tasks[t] for t in group], sizes, *inputs(encoded, pad_id, device), labels))
+        yield step
 
 
 # ---------------------------------------------------------------------------------------------------------------------

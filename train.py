@@ -36,10 +36,11 @@ import lora
 import lori
 from glue import (
     TASKS,
-    batches,
-    collate,
-    encode,
+    batches_of_steps,
+    encode_for,
     evaluation_batches,
+    inputs,
+    load_data,
     load_task,
     load_tokenizer,
     score,
@@ -61,25 +62,45 @@ from support.checkpoint import (
     write_text,
 )
 from support.hub import HubError, find_checkpoint, go_offline_if_hub_is_down, read_splits
+from support.table import markdown, report, share_of_pairs, statistics, summary
 from support.toy import make_demo
 
-METHODS = {  # name -> what it is, for the help text
-    "head": "frozen encoder, trained heads: the floor",
-    "single": "one adapter per task: what joint training is to be measured against",
-    "joint": "one shared adapter, the tasks' gradients added",
-    "pcgrad": "one shared adapter, all its factors projected as one vector",
-    "ortho": "one shared adapter, each factor A and B projected alone: Ortho-LoRA",
-    "lori-ortho": "ortho with A frozen and random, so that only B is trained and projected",
-    "lori-d": "one adapter per task, A frozen and random: LoRI, dense",
-    "lori-s": "lori-d again, training only the tenth of B that it made largest: LoRI, sparse",
-    "lora-merged": "single's adapters merged into one, not trained again",
-    "lori-d-merged": "lori-d's adapters merged into one",
-    "lori-s-merged": "lori-s's adapters merged into one",
+
+@dataclass(frozen=True)
+class Method:
+    about: str
+    own: bool = False  # each task has an adapter of its own; else one for all
+    project: bool = False  # the tasks' gradients are projected; else they just add up
+    frozen_A: bool = False  # LoRI: A is random, and only B trains
+    source: str = ""  # made from that method's adapters: masked by them, or merged out of them
+
+    @property
+    def merged(self):
+        return bool(self.source) and not self.own
+
+
+METHODS = {
+    "head": Method("frozen encoder, trained heads: the floor"),
+    "single": Method("one adapter per task: what joint training is to be measured against", own=True),
+    "joint": Method("one shared adapter, the tasks' gradients added"),
+    "pcgrad": Method("one shared adapter, all its factors projected as one vector", project=True),
+    "ortho": Method("one shared adapter, each factor A and B projected alone: Ortho-LoRA", project=True),
+    "lori-ortho": Method(
+        "ortho with A frozen and random, so that only B is trained and projected", project=True, frozen_A=True
+    ),
+    "lori-d": Method("one adapter per task, A frozen and random: LoRI, dense", own=True, frozen_A=True),
+    "lori-s": Method(
+        "lori-d again, training only the tenth of B that it made largest: LoRI, sparse",
+        own=True,
+        frozen_A=True,
+        source="lori-d",
+    ),
+    "lora-merged": Method("single's adapters merged into one, not trained again", source="single"),
+    "lori-d-merged": Method("lori-d's adapters merged into one", frozen_A=True, source="lori-d"),
+    "lori-s-merged": Method("lori-s's adapters merged into one", frozen_A=True, source="lori-s"),
 }
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 STATE = "state.safetensors"  # in the out folder
-PER_TASK, PROJECTED = ("single", "lori-d", "lori-s"), ("pcgrad", "ortho", "lori-ortho")
-NEEDS = {"lori-s": "lori-d", "lora-merged": "single", "lori-d-merged": "lori-d", "lori-s-merged": "lori-s"}
 
 
 def setting(default, text, **more):
@@ -95,7 +116,7 @@ class Settings:
     revision: str = setting("main", "the model's revision on the Hub")
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
     tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
-    methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {v}" for k, v in METHODS.items()))
+    methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()))
     # adapter
     rank: int = setting(8, "r of every LoRA layer")
     alpha: float = setting(16.0, "scale = alpha / rank")
@@ -119,7 +140,7 @@ class Settings:
     own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
     merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
     merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks")
-    continual: bool = setting(False, "train the tasks one after the other; methods out of " + ", ".join(PER_TASK))
+    continual: bool = setting(False, "train the tasks one after the other; methods out of " + ", ".join(m for m in METHODS if METHODS[m].own))
     disjoint: bool = setting(False, "with --continual: lori-s's masks share no entry")
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task")
@@ -208,20 +229,21 @@ def check(s):
         if not low <= getattr(s, flag) <= high:  # NaN is not
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
     tasks = names(s.tasks, TASKS, "task")
-    methods = names(s.methods, PER_TASK if s.continual else METHODS, "method")
+    methods = names(s.methods, [m for m in METHODS if METHODS[m].own or not s.continual], "method")
     for method in methods:
-        if NEEDS.get(method, method) not in methods and not s.continual:
-            raise BadInput(f"--methods: {method} is made from {NEEDS[method]}, so name that too")
+        if METHODS[method].source not in ("", *methods) and not s.continual:
+            raise BadInput(f"--methods: {method} is made from {METHODS[method].source}, so name that too")
     if s.continual and len(tasks) < 2:
         raise BadInput(f"--continual with one task, {s.tasks}: there is nothing to forget; name at least two")
-    if any(method.endswith("-merged") for method in methods) and len(tasks) < 2:
+    if any(METHODS[method].merged for method in methods) and len(tasks) < 2:
         raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: there is nothing to merge; name at least two")
     if s.disjoint and (not s.continual or round(len(tasks) * (1 - s.sparsity), 9) > 1):
         raise BadInput(f"--disjoint needs --continual, and {len(tasks)} masks of --sparsity {s.sparsity} to fit into B")
     if "lori-ortho" in methods and "B" not in s.factors:
         raise BadInput(f"--factors {s.factors}: lori-ortho trains B alone, so it would project nothing")
-    if s.balance and (s.continual or not {"joint", *PROJECTED} & set(methods)):
-        raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give joint, {', '.join(PROJECTED)}")
+    shared = [m for m in METHODS if METHODS[m].project or m == "joint"]
+    if s.balance and (s.continual or not set(shared) & set(methods)):
+        raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give {', '.join(shared)}")
     if s.balance and s.task_weights:
         raise BadInput("--balance gives every task the same weight: leave out --task-weights")
     if s.balance and s.factors != "AB":
@@ -298,108 +320,6 @@ def find_device(name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-@dataclass(eq=False)
-class TaskData:
-    """One task, tokenized. Encoded: a list of (ids, type ids); labels: (n,)."""
-
-    name: str
-    train: list
-    train_labels: np.ndarray
-    test: list  # what is scored: the validation split, or training rows held out
-    test_labels: np.ndarray
-    weight: float = 1.0  # multiplies the loss
-
-    @property
-    def lengths(self):
-        """Tokens of each training row: (n,)."""
-        return np.array([len(ids) for ids, _ in self.train])
-
-    @property
-    def regression(self):
-        return TASKS[self.name].outputs == 1
-
-    def guess(self):
-        """The most frequent training label, or the mean one: what there is to say without reading the sentence."""
-        return float(self.train_labels.mean()) if self.regression else int(np.bincount(self.train_labels).argmax())
-
-    def variance(self):
-        """What mean squared error is divided by, so that saying the mean label costs 1: near ln 2 and ln 3."""
-        return float(self.train_labels.var()) or 1.0
-
-
-def tokens(tokenizer, texts, length, config):
-    """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
-    encoded = encode(tokenizer, texts, length)
-    for row, (ids, types) in enumerate(encoded):
-        known = max(ids, default=0) < config.vocabulary and max(types, default=0) < max(2, config.segments)
-        if not (0 < len(ids) <= length and known):
-            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocabulary} ids: of "
-                           f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}")  # fmt: skip
-    return encoded
-
-
-def load_data(name, s, tokenizer, config):
-    """One task's training rows, and the rows to score on. Raises BadInput."""
-    train = load_task(name, s.glue, "train")
-    encoded = tokens(tokenizer, train.texts, s.max_length, config)
-    if not s.holdout:
-        test = load_task(name, s.glue, "validation")
-        scored = tokens(tokenizer, test.texts, s.max_length, config)
-        return TaskData(name, encoded, train.labels, scored, test.labels)
-    if s.holdout >= len(encoded):
-        raise BadInput(f"--holdout {s.holdout}: {name} has only {len(encoded)} training rows")
-    rows = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(encoded))
-    held, kept = (([encoded[i] for i in part], train.labels[part]) for part in np.split(rows, [s.holdout]))
-    return TaskData(name, *kept, *held)
-
-
-@dataclass
-class Batch:
-    """Sequences of one task, or of several stacked task by task, on the model's device."""
-
-    tasks: list  # TaskData of each
-    sizes: list  # how many sequences of each
-    ids: torch.Tensor  # (sum of sizes, length)
-    mask: torch.Tensor | None  # the same, true where there is a token; None where there is no padding
-    types: torch.Tensor  # the same
-    labels: list  # (size,) of each
-
-
-def make_batch(tasks, rows, encoded, labels, model):
-    """The batch of `rows`, an index array for each task, into its `encoded` and `labels`."""
-
-    def ready(x):  # from pinned memory the copy waits for nothing, and is over before the GPU gets there
-        x = x.pin_memory() if device.type == "cuda" else x
-        return x.to(device, non_blocking=True)
-
-    device = device_of(model)
-    stack = [sequences[i] for sequences, own in zip(encoded, rows, strict=True) for i in own]
-    ids, mask, types = collate(stack, model.encoder.config.pad_id)
-    chosen = [ready(torch.from_numpy(given[own])) for given, own in zip(labels, rows, strict=True)]
-    sizes = [len(own) for own in rows]
-    return Batch(tasks, sizes, ready(ids), None if mask.all() else ready(mask), ready(types), chosen)
-
-
-def draw(tasks, seed, s, model, start=0):
-    """Yields the batches of each step, one per task or, stacked, one for all: the same examples for every method.
-
-    Of several processes each takes its share of every task's examples, and of no batch where that is none.
-    """
-    streams = [batches(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
-    groups = [range(len(tasks))] if s.per_task == "stacked" else [[t] for t in range(len(tasks))]
-    for drawn in zip(*streams, strict=True):
-        share = [np.array_split(rows, WORLD)[RANK] for rows in drawn]
-        yield [
-            make_batch([tasks[t] for t in group], [share[t] for t in group], [tasks[t].train for t in group],
-                       [tasks[t].train_labels for t in group], model)
-            for group in groups if any(len(share[t]) for t in group)
-        ]  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Model
 
 
@@ -440,10 +360,10 @@ def build(method, encoder, tasks, seed, s):
         torch.manual_seed(zlib.crc32(f"{data.name} {seed}".encode()))
         model.add_head(data.name, TASKS[data.name].outputs)
         if data.regression:  # start from the mean label; its distance from 0 is nothing to learn
-            torch.nn.init.constant_(model.heads[data.name].out.bias, data.guess())
+            torch.nn.init.constant_(model.heads[data.name].out.bias, data.majority())
     if method == "head":
         model.encoder.requires_grad_(False)
-    if method.startswith("lori") or (method == "single" and s.own_a):
+    if METHODS[method].frozen_A or (method == "single" and s.own_a):
         lori.freeze_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()), s.a_init)
         for layer in lora.lora_layers(model.encoder).values():
             layer.A.requires_grad_(method == "single")
@@ -458,7 +378,7 @@ def build(method, encoder, tasks, seed, s):
 
 def projected_blocks(model, method, s):
     """The blocks for `OrthoLoRA`, and a name for each: a factor's path, or the roles in it."""
-    if method not in PROJECTED and not (method == "joint" and s.balance):
+    if not METHODS[method].project and not (method == "joint" and s.balance):
         return [], []
     layers = lora.lora_layers(model.encoder)
     paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
@@ -481,7 +401,7 @@ def task_losses(model, batch, s):
     ):
         logits = model.heads[data.name](x)  # (size, outputs)
         if data.regression:
-            total = F.mse_loss(logits.squeeze(1), labels, reduction="sum") / data.variance()
+            total = F.mse_loss(logits.squeeze(1), labels, reduction="sum") / data.label_variance()
         else:
             total = F.cross_entropy(logits, labels, reduction="sum")
         found.append(total / s.batch_size)
@@ -504,8 +424,8 @@ def predict(model, task, encoded):
     regression, device = TASKS[task].outputs == 1, device_of(model)
     out = np.zeros(len(encoded), np.float32 if regression else np.int64)
     for rows in list(evaluation_batches(encoded, 256 if device.type == "cuda" else 64))[RANK::WORLD]:
-        batch = make_batch([task], [rows], [encoded], [out], model)
-        logits = model(task, batch.ids, batch.mask, batch.types)  # (batch, outputs)
+        batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_id, device)
+        logits = model(task, *batch)  # (batch, outputs)
         out[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
     return sum_over_processes(torch.from_numpy(out).to(device)).cpu().numpy()
 
@@ -564,10 +484,10 @@ def projection(method, model, tasks, seed, s):
     blocks, _ = projected_blocks(model, method, s)
     if not blocks:
         return None
-    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and method in PROJECTED else None
+    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and METHODS[method].project else None
     generator = torch.Generator().manual_seed(seed)
     return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential,
-                     balance=s.balance, surgery=method in PROJECTED)  # fmt: skip
+                     balance=s.balance, surgery=METHODS[method].project)  # fmt: skip
 
 
 def gradients(model, tasks, parts, ortho, s):
@@ -657,7 +577,9 @@ def train(method, model, tasks, seed, s, log, bar, progress):
         for layer in lora.lora_layers(model.encoder).values():
             layer.train()
 
-    for step, parts in zip(range(start, s.steps), draw(tasks, seed, s, model, start), strict=False):
+    pad_id = model.encoder.config.pad_id
+    stream = batches_of_steps(tasks, seed, s, pad_id, device, start, RANK, WORLD)
+    for step, parts in zip(range(start, s.steps), stream, strict=False):
         begin = time.perf_counter()
         optimizer.zero_grad()
         losses, conflicts = gradients(model, tasks, parts, ortho, s)
@@ -698,27 +620,6 @@ def train(method, model, tasks, seed, s, log, bar, progress):
     return stats, seconds
 
 
-def share_of_pairs(x):
-    """(blocks, T, T), symmetric with an empty diagonal counted -> (blocks,), the mean over pairs i < j."""
-    T = x.shape[1]
-    return x.triu(1).sum((1, 2)) / max(1, T * (T - 1) // 2)
-
-
-def statistics(totals, block_names, task_names, steps):
-    """Means over the steps: by block [conflict rate, cosine, removed norm], by task pair the conflict rate."""
-    rate, cosine, removed = [x.double().cpu() / steps for x in totals]
-    columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
-    pairs = {f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
-             for i, a in enumerate(task_names) for j, b in enumerate(task_names) if i < j}  # fmt: skip
-    return {
-        "rate": round(columns[0].mean().item(), 6),
-        "cosine": round(columns[1].mean().item(), 6),
-        "removed": round(columns[2].mean().item(), 6),
-        "pairs": pairs,
-        "blocks": {name: [round(c[b].item(), 6) for c in columns] for b, name in enumerate(block_names)},
-    }
-
-
 def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, done=None):
     """Train and score one method with one seed: its entry for results.json, and its timing.
 
@@ -730,11 +631,11 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, d
     reset_peak_memory(device_of(encoder))
     entry = {"tasks": {}, "average": 0.0, "adapter_parameters": 0, "head_parameters": 0}
     seconds, masks = 0.0, None
-    for group in [[data] for data in tasks] if method in PER_TASK else [tasks]:
-        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if method in PER_TASK else ""))
+    for group in [[data] for data in tasks] if METHODS[method].own else [tasks]:
+        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if METHODS[method].own else ""))
         model = build(method, encoder, group, seed, s)
-        if method.endswith("-merged"):
-            own = [kept[NEEDS[method]][data.name] for data in tasks]
+        if METHODS[method].merged:
+            own = [kept[METHODS[method].source][data.name] for data in tasks]
             adapters = [adapter for adapter, _, _ in own]
             weights = [s.merge_weight or 1 / len(tasks)] * len(tasks)
             lori.insert(model.encoder, lori.merge(adapters, weights, s.merge))
@@ -754,7 +655,7 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, d
                 entry["conflicts"] = stats
             if masks:
                 masked.remove()
-        if method in PER_TASK:
+        if METHODS[method].own:
             data = group[0]
             kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
         if done:
@@ -762,7 +663,7 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, d
         scorer = merged(model, encoder)
         for data in group:
             entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
-            entry["tasks"][data.name] = score(data.name, predict(scorer, data.name, data.test), data.test_labels)
+            entry["tasks"][data.name] = score(data.name, predict(scorer, data.name, data.validation), data.validation_labels)
             save(model, data, method, seed, s, out, masks)
         progress.stop_if_asked()
     if done:
@@ -815,7 +716,7 @@ def run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress):
             overlaps += [lori.overlap(masks, earlier) for earlier in used]
             used.append(masks)
         seen, scorer = tasks[: stage + 1], merged(model, encoder)
-        matrix.append([score(d.name, predict(scorer, d.name, d.test), d.test_labels)["score"] for d in seen])
+        matrix.append([score(d.name, predict(scorer, d.name, d.validation), d.validation_labels)["score"] for d in seen])
     for stage, data in enumerate(tasks):
         save(model, data, method, seed, s, out, used[stage] if used else None)
     forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
@@ -848,7 +749,7 @@ def peak_memory(device):
 
 def passes(method, s):
     """How many times a method trains --steps steps on each task."""
-    if method.endswith("-merged"):
+    if METHODS[method].merged:
         return 0
     return 2 if s.continual and method == "lori-s" else 1
 
@@ -858,7 +759,8 @@ def estimate(encoder, tasks, methods, seeds, s):
     model = build("joint", encoder, tasks, 0, s)
     times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
     for backward in (True, False):
-        for step, parts in zip(range(3), draw(tasks, 0, s, model), strict=False):
+        stream = batches_of_steps(tasks, 0, s, encoder.config.pad_id, device_of(encoder), 0, RANK, WORLD)
+        for step, parts in zip(range(3), stream, strict=False):
             begin = time.perf_counter()
             for batch in parts:
                 with torch.set_grad_enabled(backward):
@@ -870,7 +772,7 @@ def estimate(encoder, tasks, methods, seeds, s):
                 times[backward] += (time.perf_counter() - begin) / 2
     steps = sum(times[method != "head"] * passes(method, s) for method in methods) * s.steps
     scored = (len(tasks) + 1) / 2 if s.continual else 1  # times that a task is scored
-    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.test) for d in tasks) * len(methods) * scored
+    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.validation) for d in tasks) * len(methods) * scored
     return (steps + scoring) * len(seeds)
 
 
@@ -880,161 +782,14 @@ def clock(seconds):
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def mean_and_spread(values, digits=1):
-    """'71.3 ± 0.8' (sample standard deviation), or '71.3' for one value."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
-def gap_recovered(single, joint, other):
-    """How much of the gap between joint and single-task training `other` closes; averages per seed, paired.
-
-    (other - joint) / (single - joint) of the means, with its spread over seeds, where the gap is there: at least 3
-    seeds, and a mean of more than twice its standard error. Otherwise the points themselves, and why.
-    """
-    single, joint, other = (np.asarray(x, float) for x in (single, joint, other))
-    gap, gain, n = single - joint, other - joint, len(joint)
-    points = f"{gain.mean():+.1f} of {gap.mean():+.1f} points"
-    if n < 3:
-        return f"{points} ({'one seed' if n == 1 else 'two seeds'})"
-    if gap.mean() <= 2 * gap.std(ddof=1) / math.sqrt(n):
-        return f"{points} (no gap to recover)"
-    share = 100 * gain / gap.mean()
-    return f"{share.mean():.0f} ± {share.std(ddof=1):.0f} %"
-
-
-def summary(method, averages):
-    """A method's mean and standard deviation over seeds, and for a projection the gap recovered."""
-    own = averages[method]
-    found = {"mean": float(np.mean(own)), "std": float(np.std(own, ddof=1)) if len(own) > 1 else None}
-    if method in PROJECTED and {"single", "joint"} <= averages.keys():
-        found["gap_recovered"] = gap_recovered(averages["single"], averages["joint"], own)
-    return found
-
-
-def markdown(rows):
-    """Rows of cells as an aligned Markdown table; the first row is the header, the first column the names."""
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in
-             enumerate(zip(row, widths, strict=True))) + " |" for row in rows]  # fmt: skip
-    rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def table(results, timing):
-    """Rows: methods; columns: tasks, average, gap recovered, parameters, time and memory."""
-    tasks, runs = results["tasks"], results["methods"]
-    rows = [["method", *tasks, "average", "gap recovered", "adapter", "heads", "step time", "memory"]]
-    guess = results["majority"]
-    rows.append(["majority class", *(f"{guess[t]['score']:.1f}" for t in tasks),
-                 f"{np.mean([guess[t]['score'] for t in tasks]):.1f}", *[""] * 5])  # fmt: skip
-    averages = {m: [run["average"] for run in seeds.values()] for m, seeds in runs.items()}
-    base = next((m for m in ("joint", *runs) if m in runs), None)
-    step = {m: np.mean([t["seconds_per_step"] for t in timing["methods"][m].values()]) for m in runs}
-    for method, seeds in runs.items():
-        first = next(iter(seeds.values()))
-        gap = summary(method, averages).get("gap_recovered", "—")
-        memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
-        rows.append([
-            method, *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
-            mean_and_spread(averages[method]), gap, f"{first['adapter_parameters']:,}", f"{first['head_parameters']:,}",
-            f"{step[method] / step[base]:.2f}" if step[method] else "—",
-            "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
-        ])  # fmt: skip
-    return markdown(rows)
-
-
-def picture(results, method="ortho"):
-    """Where conflicts occur: layer x factor, in text; and by task pair."""
-    runs = [run["conflicts"] for run in results["methods"].get(method, {}).values() if "conflicts" in run]
-    if not runs or len(results["tasks"]) < 2:
-        return ""
-    rates = {name: np.mean([run["blocks"][name][0] for run in runs]) for name in runs[0]["blocks"]}
-    layers, factors = {}, sorted({name.rpartition(".")[2] for name in rates})
-    for name, rate in rates.items():
-        number = next((part for part in name.split(".") if part.isdigit()), "all")
-        layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    lines = [f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds",
-             "", "layer  " + "".join(f"{f:<32}" for f in factors)]  # fmt: skip
-    for number, found in layers.items():
-        cells = []
-        for factor in factors:
-            rate = np.mean(found.get(factor, [0.0]))
-            bar = "█" * round(20 * rate) + "·" * (20 - round(20 * rate))
-            cells.append(f"{bar} {100 * rate:3.0f} %".ljust(32))
-        lines.append(f"{number:>5}  " + "".join(cells))
-    pairs = {p: 100 * np.mean([run["pairs"][p] for run in runs]) for p in runs[0]["pairs"]}
-    removed = 100 * np.mean([run["removed"] for run in runs])
-    lines += ["", "by task pair: " + ", ".join(f"{p} {v:.0f} %" for p, v in sorted(pairs.items(), key=lambda x: -x[1])),
-              f"the projection took {removed:.0f} % of a task's gradient norm, on average"]  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def merges(results):
-    """For each merge: the cosines between what was merged, and each task's drop from its own adapter."""
-    lines = []
-    for method, runs in results["methods"].items():
-        if not method.endswith("-merged"):
-            continue
-        own = results["methods"][NEEDS[method]]
-        cosines = np.abs([run["cosines"] for run in runs.values()])[:, *np.tril_indices(len(results["tasks"]), -1)]
-        drops = []
-        for task in results["tasks"]:
-            lost = [own[seed]["tasks"][task]["score"] - run["tasks"][task]["score"] for seed, run in runs.items()]
-            drops.append(f"{task} {mean_and_spread(lost)}")
-        lines.append(f"{method}: |cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}; "
-                     f"drop from the task's own adapter: {', '.join(drops)}")  # fmt: skip
-    return "\n\n".join(lines)
-
-
-def sequence(results):
-    """--continual's table for each method: scores after each stage, and what was forgotten."""
-    tasks, parts = results["tasks"], []
-    for method, runs in results["methods"].items():
-        rows = [[f"{'lora' if method == 'single' else method}, after", *tasks, "average"]]
-        for stage, task in enumerate(tasks):
-            cells = [mean_and_spread([run["matrix"][stage][t] for run in runs.values()]) for t in range(stage + 1)]
-            mean = mean_and_spread([np.mean(run["matrix"][stage]) for run in runs.values()])
-            rows.append([task, *cells, *[""] * (len(tasks) - stage - 1), mean])
-        lost = f"forgetting {mean_and_spread([run['forgetting'] for run in runs.values()])}"
-        shared = [run["overlap"] for run in runs.values() if "overlap" in run]
-        parts += [markdown(rows), lost + (f"; overlap of the masks {np.mean(shared):.3f}" if shared else "")]
-    return "\n\n".join(parts)
-
-
-def report(results, timing):
-    """results.md, and what the run prints at its end."""
-    s, demo = results["settings"], results["demo"]
-    what = "the demo: a toy grammar and a tiny encoder, not GLUE" if demo else f"{s['model']} on {s['glue']}"
-    seeds = results["seeds"]
-    scored = f"{s['holdout']} held-out training rows per task" if s["holdout"] else "the validation split"
-    parts = [
-        f"## {what[0].upper() + what[1:]}" if demo else f"## {what}",
-        f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}, on {scored}: "
-        + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
-        + f", {s['dtype']} on {timing['hardware']}.",
-        sequence(results) if s["continual"] else table(results, timing),
-        "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
-        + f"{'joint' if 'joint' in results['methods'] else 'the first method'}, all tasks' batches together. memory: "
-        + ("the GPU allocator's peak." if "cuda" in timing["device"] else "the process's peak."),
-        "" if s["continual"] else merges(results),
-        "" if s["continual"] else picture(results),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def fingerprints(encoder, tasks):
     """Checksums of what a run reads, so that it is not resumed with anything else."""
     found = {"the weights of the model": 0}
     for p in encoder.parameters():
         found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
     for data in tasks:
-        rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.test])
-        labels = np.concatenate([data.train_labels, data.test_labels])
+        rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
+        labels = np.concatenate([data.train_labels, data.validation_labels])
         found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
     return found
 
@@ -1078,8 +833,9 @@ def prepare(s, device):
     if tokenizer.get_vocab_size() > encoder.config.vocabulary:
         raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
                        f"{encoder.config.vocabulary}")  # fmt: skip
-    tasks = [load_data(name, s, tokenizer, encoder.config) for name in names(s.tasks, TASKS, "task")]
-    for data, weight in zip(tasks, numbers(s.task_weights, float, "") if s.task_weights else (), strict=False):
+    tasks, weights = names(s.tasks, TASKS, "task"), numbers(s.task_weights, float, "") if s.task_weights else ()
+    tasks = [load_data(name, s.glue, tokenizer, encoder.config, s.max_length, s.holdout) for name in tasks]
+    for data, weight in zip(tasks, weights, strict=False):
         data.weight = weight
     return encoder.to(device), tasks
 
@@ -1104,7 +860,7 @@ def compare(s):
     out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}", s)
     s.out = str(out)
     for data in tasks:
-        print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.test)} to score on")
+        print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
     print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
           f"about {clock(seconds)}", flush=True)  # fmt: skip
     unshown = ("out", "evaluate", "submit", "demo", "device", "resume", "save_every")
@@ -1112,7 +868,7 @@ def compare(s):
     results = {
         "settings": shown, "demo": s.demo, "device": device.type, "tasks": [d.name for d in tasks], "seeds": seeds,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "majority": {d.name: score(d.name, np.full(len(d.test), d.guess()), d.test_labels) for d in tasks},
+        "majority": {d.name: score(d.name, np.full(len(d.validation), d.majority()), d.validation_labels) for d in tasks},
         "methods": {m: {} for m in methods},
     }  # fmt: skip
     timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
@@ -1132,8 +888,8 @@ def compare(s):
             kept = {}
             for method in methods:
                 done = progress.begin(method, seed)
-                derived = [m for m in methods if m in NEEDS and f"{m} {seed}" not in progress.info["entries"]]
-                needed = method in NEEDS.values() and derived and not s.continual
+                derived = [m for m in methods if METHODS[m].source and f"{m} {seed}" not in progress.info["entries"]]
+                needed = method in [m.source for m in METHODS.values()] and derived and not s.continual
                 if done and not needed:
                     entry, timed = done
                     bar.update(passes(method, s) * s.steps * len(tasks))
@@ -1150,8 +906,8 @@ def compare(s):
                 progress.forget(f"{method} {seed}")
     timing["seconds"] = time.perf_counter() - begin
     averages = {m: [run["average"] for run in runs.values()] for m, runs in results["methods"].items()}
-    results["summary"] = {m: summary(m, averages) for m in methods}
-    text = report(results, timing)
+    results["summary"] = {m: summary(m, averages, METHODS[m].project) for m in methods}
+    text = report(results, timing, METHODS)
     if RANK:
         return
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -1197,7 +953,7 @@ def evaluate(s, given):
         available = read_splits(task, source)
         for split in [split for split in TASKS[task].validation if split in available]:
             examples = load_task(task, source, split)
-            encoded = tokens(tokenizer, examples.texts, int(length), encoder.config)
+            encoded = encode_for(encoder.config, tokenizer, examples.texts, int(length))
             scores = score(task, predict(model, task, encoded), examples.labels)
             metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
             rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
@@ -1211,13 +967,13 @@ def evaluate(s, given):
                 if name != "ax":
                     raise
                 continue  # the diagnostic set, which MNLI's adapter answers too, need not be there
-            predictions = predict(model, task, tokens(tokenizer, examples.texts, length, model.encoder.config))
+            predictions = predict(model, task, encode_for(model.encoder.config, tokenizer, examples.texts, length))
             print("wrote", write_submission(s.submit, name, predictions, split))
 
 
 def main(argv=None):
     given = parse(argv)
-    s = Settings(**({"methods": ",".join(PER_TASK)} if "continual" in given else {}) | given)
+    s = Settings(**({"methods": ",".join(m for m in METHODS if METHODS[m].own)} if "continual" in given else {}) | given)
     try:
         check(s)
         join_processes(s)
