@@ -3,7 +3,6 @@
     python train.py                                    roberta-base on four GLUE tasks from the Hub; offline, the demo
     python train.py --demo                             the demo: a toy grammar and a tiny encoder, no network
     python train.py --model FOLDER --glue FOLDER --tasks rte,mrpc --methods joint,ortho --seeds 0,1,2
-    python train.py --evaluate runs/demo/ortho/seed0   score saved adapters; --submit FOLDER: leaderboard files too
     torchrun --nproc-per-node 2 train.py ...           the same run, every batch shared out over two processes
 
 It ends with a table, and leaves results.json, results.md, timing.json, log.jsonl and the adapters in the out folder.
@@ -17,7 +16,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
@@ -34,17 +32,13 @@ from tqdm import tqdm
 
 import lora
 import lori
+from evaluate import find_device, predict
 from glue import (
     TASKS,
     batches_of_steps,
-    encode_for,
-    evaluation_batches,
-    inputs,
     load_data,
-    load_task,
     load_tokenizer,
     score,
-    write_submission,
 )
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA
@@ -52,17 +46,13 @@ from support.checkpoint import (
     BadInput,
     Progress,
     Stopped,
-    load_adapter,
-    read_header,
-    read_json,
     remove_state,
     save_adapter,
     save_masks,
-    shown,
     write_text,
 )
-from support.hub import HubError, find_checkpoint, go_offline_if_hub_is_down, read_splits
-from support.table import markdown, report, share_of_pairs, statistics, summary
+from support.hub import HubError, find_checkpoint, go_offline_if_hub_is_down
+from support.table import report, share_of_pairs, statistics, summary
 from support.toy import make_demo
 
 
@@ -166,8 +156,6 @@ class Settings:
     resume: bool = setting(False, "go on with the interrupted run in --out, under the same settings")
     save_every: float = setting(60.0, "seconds between saves of what --resume needs")
     demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
-    evaluate: str = setting("", "score a saved adapter folder (or a folder of them) instead of training")
-    submit: str = setting("", "with --evaluate: write the leaderboard's files for the test splits into this folder")
 
 
 DEMO = {  # what the demo changes
@@ -179,8 +167,14 @@ DEMO = {  # what the demo changes
 # Settings
 
 
+MOVED = {"--evaluate": "python evaluate.py ADAPTER", "--submit": "python evaluate.py ADAPTER --submit FOLDER"}
+
+
 def parse(argv):
-    """The flags that were given, as {name: value}."""
+    """The flags that were given, as {name: value}. Raises BadInput, naming the new command, for a flag that moved."""
+    for word in argv:
+        if (flag := word.partition("=")[0]) in MOVED:
+            raise BadInput(f"{flag} is now a command of its own: {MOVED[flag]}")
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
@@ -255,10 +249,10 @@ def check(s):
         raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
     if s.resume and not (s.out or s.demo):
         raise BadInput("--resume needs --out FOLDER: the folder of the run that was interrupted")
-    if s.resume and (WORLD > 1 or s.evaluate):
-        raise BadInput("--resume continues the training of one process: leave out torchrun, and --evaluate")
-    if s.submit and not s.evaluate:
-        raise BadInput("--submit needs --evaluate ADAPTER: it writes files with a saved adapter")
+    if s.resume and WORLD > 1:
+        raise BadInput("--resume continues the training of one process: leave out torchrun")
+    if WORLD > 1 and s.device.startswith("cuda:"):
+        raise BadInput(f"--device {s.device} under torchrun: each process takes its own; say cuda, or leave it out")
 
 
 def check_masks_fit(encoder, tasks, s):
@@ -301,22 +295,6 @@ def open_out(folder, s):
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     return out
-
-
-def find_device(name):
-    """torch.device for --device. Raises BadInput where there is none of that kind."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and WORLD > 1:
-        if name != "cuda":
-            raise BadInput(f"--device {name} under torchrun: each process takes its own; say cuda, or leave it out")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
-    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,28 +395,13 @@ def merged(model, encoder):
     return plain
 
 
-@torch.inference_mode()
-def predict(model, task, encoded):
-    """Class ids, or scores: (n,). The batches are shared out if there are several processes."""
-    model.eval()
-    regression, device = TASKS[task].outputs == 1, device_of(model)
-    out = np.zeros(len(encoded), np.float32 if regression else np.int64)
-    for rows in list(evaluation_batches(encoded, 256 if device.type == "cuda" else 64))[RANK::WORLD]:
-        batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_id, device)
-        logits = model(task, *batch)  # (batch, outputs)
-        out[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
-    return sum_over_processes(torch.from_numpy(out).to(device)).cpu().numpy()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc-per-node N train.py ... All arrive at the same adapter; the first one writes.
 
 def join_processes(s):
     """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
-    if WORLD > 1 and s.evaluate:
-        raise BadInput("--evaluate runs in one process: start it without torchrun")
     if WORLD > 1:
-        device = find_device(s.device)
+        device = find_device(s.device, int(os.environ.get("LOCAL_RANK", 0)))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -844,7 +807,7 @@ def compare(s):
     """Train every method with every seed, and print the table."""
     if s.out:  # before anything is loaded
         check_out(Path(s.out), s)
-    device = find_device(s.device)
+    device = find_device(s.device, int(os.environ.get("LOCAL_RANK", 0)))
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
         torch.use_deterministic_algorithms(True)
@@ -863,7 +826,7 @@ def compare(s):
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
     print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
           f"about {clock(seconds)}", flush=True)  # fmt: skip
-    unshown = ("out", "evaluate", "submit", "demo", "device", "resume", "save_every")
+    unshown = ("out", "demo", "device", "resume", "save_every")
     shown = {k: v for k, v in dataclasses.asdict(s).items() if k not in unshown}
     results = {
         "settings": shown, "demo": s.demo, "device": device.type, "tasks": [d.name for d in tasks], "seeds": seeds,
@@ -917,68 +880,17 @@ def compare(s):
     print(f"\n{text}\n{out} has results.json, results.md, timing.json, log.jsonl, and adapters in METHOD/seedN/TASK")
 
 
-def evaluate(s, given):
-    """Score saved adapters on their tasks' validation splits, and write leaderboard files if asked."""
-    folder = Path(s.evaluate)
-    adapters = [folder] if (folder / "adapter_config.json").exists() else sorted(
-        p.parent for p in folder.glob("*/adapter_config.json"))  # fmt: skip
-    if not adapters:
-        raise BadInput(f"--evaluate {folder}: no adapter_config.json there, nor in a folder inside it")
-    device, loaded, models = find_device(s.device), {}, {}
-    rows = [["adapter", "task", "split", "metrics", "score"]]
-    for adapter in adapters:
-        _, metadata, _ = read_header(adapter / "adapter_model.safetensors")
-        task = given["tasks"] if "tasks" in given and len(adapters) == 1 else metadata.get("task")
-        if task not in TASKS:
-            raise BadInput(f"{adapter} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
-        config = read_json(adapter / "adapter_config.json")
-        base = given.get("model") or config.get("base_model_name_or_path")
-        if not base or not isinstance(base, str):
-            raise BadInput(f"{adapter} does not say its base model; give it with --model")
-        source = given.get("glue") or metadata.get("glue", s.glue)
-        revision = given.get("revision") or metadata.get("revision", s.revision)
-        length = given.get("max_length") or metadata.get("max_length", s.max_length)
-        if (base, revision) not in loaded:
-            go_offline_if_hub_is_down(base, source)
-            checkpoint = find_checkpoint(base, revision)
-            loaded[base, revision] = load_encoder(checkpoint, quiet=True), load_tokenizer(checkpoint)
-        encoder, tokenizer = loaded[base, revision]
-        if not re.fullmatch("[0-9]{1,9}", str(length)) or not 8 <= int(length) <= encoder.config.max_length:
-            raise BadInput(f"--max-length {shown(length)}: {base} takes 8 to {encoder.config.max_length} tokens")
-        model = MultiTaskModel(copy.deepcopy(encoder), {})
-        model.add_head(task, TASKS[task].outputs)
-        load_adapter(model, adapter, task)
-        lora.merge_lora(model.encoder)
-        models[task] = model.to(device), tokenizer, int(length), source
-        available = read_splits(task, source)
-        for split in [split for split in TASKS[task].validation if split in available]:
-            examples = load_task(task, source, split)
-            encoded = encode_for(encoder.config, tokenizer, examples.texts, int(length))
-            scores = score(task, predict(model, task, encoded), examples.labels)
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
-            rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
-    print(markdown(rows))
-
-    for task, (model, tokenizer, length, source) in models.items() if s.submit else ():
-        for name, split in [(task, split) for split in TASKS[task].test] + [("ax", "test")] * (task == "mnli"):
-            try:
-                examples = load_task(name, source, split)
-            except BadInput:
-                if name != "ax":
-                    raise
-                continue  # the diagnostic set, which MNLI's adapter answers too, need not be there
-            predictions = predict(model, task, encode_for(model.encoder.config, tokenizer, examples.texts, length))
-            print("wrote", write_submission(s.submit, name, predictions, split))
-
-
 def main(argv=None):
-    given = parse(argv)
+    given = {}
+    try:
+        given = parse(sys.argv[1:] if argv is None else argv)
+    except BadInput as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
     s = Settings(**({"methods": ",".join(m for m in METHODS if METHODS[m].own)} if "continual" in given else {}) | given)
     try:
         check(s)
         join_processes(s)
-        if s.evaluate:
-            return evaluate(s, given)
         if s.demo and {"model", "glue"} & given.keys():
             raise BadInput("--demo brings its own model and data: leave out --model and --glue")
         if not s.demo:

@@ -1,0 +1,163 @@
+"""Score saved adapters on their tasks' validation splits, and write the leaderboard's files with them.
+
+    python evaluate.py OUT/ortho/seed0                     all adapters in a folder, or one adapter's folder
+    python evaluate.py OUT/ortho/seed0 --submit FOLDER     predictions for the test splits as well
+
+An adapter says itself which task it is for, which base model and GLUE it was trained with; flags say otherwise.
+"""
+
+import argparse
+import copy
+import functools
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from glue import (
+    TASKS,
+    encode_for,
+    evaluation_batches,
+    inputs,
+    load_task,
+    load_tokenizer,
+    score,
+    write_submission,
+)
+from lora import merge_lora
+from model import MultiTaskModel, load_encoder
+from support.checkpoint import BadInput, load_adapter, read_header, read_json, shown
+from support.hub import find_checkpoint, read_splits
+from support.table import markdown
+
+
+def find_device(name, local_rank=0):
+    """torch.device for --device; "cuda" is that of this process. Raises BadInput where there is none of that kind."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def load_tuned(encoder, folder, task):
+    """A copy of the encoder with a saved adapter's LoRA layers, and the task's head. Raises BadInput."""
+    model = MultiTaskModel(copy.deepcopy(encoder), {task: TASKS[task].outputs})
+    load_adapter(model, folder, task)
+    return model.to(next(encoder.parameters()).device)
+
+
+@torch.inference_mode()
+def predict(model, task, encoded):
+    """Class ids, or scores: (n,), of encoded texts; LoRA layers are merged into the weights, in place."""
+    merge_lora(model.encoder).eval()
+    model.heads.eval()
+    regression, device = TASKS[task].outputs == 1, next(model.parameters()).device
+    predictions = np.zeros(len(encoded), np.float32 if regression else np.int64)  # (n,)
+    for rows in evaluation_batches(encoded, 256 if device.type == "cuda" else 64):
+        batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_id, device)
+        logits = model(task, *batch)  # (batch, outputs)
+        predictions[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
+    return predictions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def adapters_in(folder):
+    """The adapter folders in `folder`, or itself. Raises BadInput where there is none."""
+    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if (folder / "adapter_config.json").exists():
+        return [folder]
+    if not found:
+        raise BadInput(f"{folder}: no adapter_config.json there, nor in a folder inside it")
+    return found
+
+
+def described(adapter, args, alone):
+    """What an adapter is scored with: {task, model, revision, glue, max_length}, by its files and the flags."""
+    _, metadata, _ = read_header(adapter / "adapter_model.safetensors")
+    config = read_json(adapter / "adapter_config.json")
+    found = {"task": metadata.get("task"), "model": config.get("base_model_name_or_path")}
+    found |= {"revision": "main", "glue": "nyu-mll/glue", "max_length": "128"}
+    found |= {name: metadata[name] for name in ("revision", "glue", "max_length") if name in metadata}
+    given = vars(args) | ({"task": args.tasks} if alone else {})
+    found |= {name: given[name] for name in found if given.get(name)}
+    if found["task"] not in TASKS:
+        raise BadInput(f"{adapter} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
+    if not found["model"] or not isinstance(found["model"], str):
+        raise BadInput(f"{adapter} does not say its base model; give it with --model")
+    if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
+        raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
+    return found | {"max_length": int(found["max_length"])}
+
+
+@functools.lru_cache(maxsize=1)
+def load_base(name, revision):
+    """(encoder, tokenizer) of a base model; the last one is kept, since a folder's adapters mostly share theirs."""
+    folder = find_checkpoint(name, revision)
+    return load_encoder(folder, quiet=True), load_tokenizer(folder)
+
+
+def evaluate(adapter, about, device, submit):
+    """Score one adapter, and write its test predictions if asked. Returns (rows of the table, paths written)."""
+    task, source, length = about["task"], about["glue"], about["max_length"]
+    encoder, tokenizer = load_base(about["model"], about["revision"])
+    if not 8 <= length <= encoder.config.max_length:
+        raise BadInput(f"--max-length {length}: {about['model']} takes 8 to {encoder.config.max_length} tokens")
+    model = load_tuned(encoder, adapter, task).to(device)
+
+    def predictions(examples):
+        return predict(model, task, encode_for(encoder.config, tokenizer, examples.texts, length))
+
+    rows, written, available = [], [], read_splits(task, source)
+    for split in [split for split in TASKS[task].validation if split in available]:
+        examples = load_task(task, source, split)
+        scores = score(task, predictions(examples), examples.labels)
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
+        rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
+    if submit:
+        for split in TASKS[task].test:
+            written.append(write_submission(submit, task, predictions(load_task(task, source, split)), split))
+        if task == "mnli":  # its adapter answers the diagnostic set, too, where there is one
+            try:
+                examples = load_task("ax", source, "test")
+            except BadInput:
+                return rows, written
+            written.append(write_submission(submit, "ax", predictions(examples), "test"))
+    return rows, written
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", type=Path, help="an adapter's folder, or a folder of them")
+    parser.add_argument("--tasks", help="the task of a single adapter that does not say it")
+    parser.add_argument("--model", help="the base model: a checkpoint folder or Hub id")
+    parser.add_argument("--revision", help="the base model's revision on the Hub")
+    parser.add_argument("--glue", help="GLUE folder in the Hub's layout, or Hub id")
+    parser.add_argument("--max-length", type=int, help="tokens")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--submit", help="write the leaderboard's files for the test splits into this folder")
+    args = parser.parse_args(argv)
+    try:
+        device, found = find_device(args.device), adapters_in(args.adapter)
+        about = {adapter: described(adapter, args, len(found) == 1) for adapter in found}
+        done = [evaluate(adapter, about[adapter], device, args.submit) for adapter in found]
+    except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
+        print(f"evaluate.py: {e}", file=sys.stderr)
+        return 2
+    print(markdown([["adapter", "task", "split", "metrics", "score"], *(row for rows, _ in done for row in rows)]))
+    for path in (path for _, paths in done for path in paths):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
