@@ -60,7 +60,7 @@ def predict(model, task, encoded):
     regression, device = TASKS[task].outputs == 1, next(model.parameters()).device
     predictions = np.zeros(len(encoded), np.float32 if regression else np.int64)  # (n,)
     for rows in evaluation_batches(encoded, 256 if device.type == "cuda" else 64):
-        batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_id, device)
+        batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_token_id, device)
         logits = model(task, *batch)  # (batch, outputs)
         predictions[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
     return predictions

@@ -327,9 +327,9 @@ def encode_for(config, tokenizer, texts, max_length):
     """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
     encoded = encode(tokenizer, texts, max_length)
     for row, (ids, types) in enumerate(encoded):
-        known = max(ids, default=0) < config.vocabulary and max(types, default=0) < max(2, config.segments)
+        known = max(ids, default=0) < config.vocab_size and max(types, default=0) < max(2, config.type_vocab_size)
         if not (0 < len(ids) <= max_length and known):
-            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocabulary} ids: of "
+            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocab_size} ids: of "
                            f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}")  # fmt: skip
     return encoded
 

@@ -134,20 +134,22 @@ def lora_parameters(model):
     return [factor for layer in lora_layers(model).values() for factor in (layer.A, layer.B)]
 
 
-def blocks(model, unit="tensor"):
+def blocks(model, unit="tensor", factors="AB"):
     """The trainable factors as blocks for `OrthoLoRA`: what is projected as one vector.
 
-    unit: "tensor" each A and each B alone; "role" all A, all B; "joint" everything at once (PCGrad).
+    unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
+    factors: "A" or "B" for these alone; the other's gradients then just add up.
     """
-    A = [layer.A for layer in lora_layers(model).values() if layer.A.requires_grad]
-    B = [layer.B for layer in lora_layers(model).values() if layer.B.requires_grad]
+    A, B = ([getattr(layer, f) for layer in lora_layers(model).values()] if f in factors else [] for f in "AB")
+    A, B = ([p for p in found if p.requires_grad] for found in (A, B))
     if unit == "tensor":
-        return [[p] for p in lora_parameters(model) if p.requires_grad]
-    if unit == "role":
-        return [role for role in (A, B) if role]
-    if unit == "joint":
+        return [[p] for p in lora_parameters(model) if any(p is x for x in A + B)]
+    if unit == "factor":
+        return [found for found in (A, B) if found]
+    if unit == "all":
         return [A + B] if A + B else []
-    raise ValueError(f"unknown unit {unit!r}: tensor, role or joint")
+    renamed = {"role": "; it is now called 'factor'", "joint": "; it is now called 'all'"}
+    raise ValueError(f"unknown unit {unit!r}: tensor, factor or all{renamed.get(unit, '')}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ LoRA targets are called what everyone calls them ("query", "q_lin"), and adapter
 from `config.json`; nothing is guessed.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -17,76 +18,68 @@ from torch.nn import functional as F
 from support.checkpoint import BadInput, read_json, read_weights, shown
 from support.hub import find_checkpoint
 
-# Our fields <- the keys of config.json, and each layer's parts -> the paths in the checkpoint, family by family.
-
-BERT_KEYS = {
-    "vocabulary": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "inner": "intermediate_size", "positions": "max_position_embeddings", "activation": "hidden_act",
-    "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob", "pad_id": "pad_token_id",
-    "segments": "type_vocab_size", "eps": "layer_norm_eps", "head_dropout": "classifier_dropout",
-    "initializer_range": "initializer_range",
-}  # fmt: skip
-DISTILBERT_KEYS = {
-    "vocabulary": "vocab_size", "width": "dim", "layers": "n_layers", "heads": "n_heads", "inner": "hidden_dim",
-    "positions": "max_position_embeddings", "activation": "activation", "dropout": "dropout",
-    "attention_dropout": "attention_dropout", "pad_id": "pad_token_id", "head_dropout": "seq_classif_dropout",
-    "initializer_range": "initializer_range",
-}  # fmt: skip
-OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: as "dropout"
+# fmt: off
+DISTILBERT_KEYS = {  # Config's fields, which are BERT's keys in config.json -> DistilBERT's
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim", "hidden_act": "activation", "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout", "classifier_dropout": "seq_classif_dropout",
+}
 BERT_LAYER = {
     "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
     "attended": "attention.output.dense", "norm1": "attention.output.LayerNorm",
     "up": "intermediate.dense", "down": "output.dense", "norm2": "output.LayerNorm",
-}  # fmt: skip
+}
 DISTILBERT_LAYER = {
     "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin", "attended": "attention.out_lin",
     "norm1": "sa_layer_norm", "up": "ffn.lin1", "down": "ffn.lin2", "norm2": "output_layer_norm",
-}  # fmt: skip
-FAMILIES = {  # model_type: prefix in task models, keys, stack of layers, layer
-    "bert": ("bert.", BERT_KEYS, "encoder.layer", BERT_LAYER),
-    "roberta": ("roberta.", BERT_KEYS, "encoder.layer", BERT_LAYER),
-    "xlm-roberta": ("roberta.", BERT_KEYS, "encoder.layer", BERT_LAYER),
+}
+OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: as elsewhere
+FAMILIES = {  # model_type: prefix in task models, other keys than Config's, stack of layers, layer
+    "bert": ("bert.", {}, "encoder.layer", BERT_LAYER),
+    "roberta": ("roberta.", {}, "encoder.layer", BERT_LAYER),
+    "xlm-roberta": ("roberta.", {}, "encoder.layer", BERT_LAYER),
     "distilbert": ("distilbert.", DISTILBERT_KEYS, "transformer.layer", DISTILBERT_LAYER),
 }
 ACTIVATIONS = {
     "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "gelu_python": F.gelu, "swish": F.silu,
-}  # fmt: skip
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Config:
-    """What an encoder is made of, whatever its family calls it."""
+    """What an encoder is made of, under the names of BERT's config.json."""
 
-    family: str  # model_type
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    inner: int
-    positions: int  # rows of the position table; RoBERTa's first pad_id + 1 are not usable
-    activation: str
-    dropout: float
-    attention_dropout: float
-    head_dropout: float
-    pad_id: int
-    segments: int = 0  # token types; DistilBERT has none
-    eps: float = 1e-12  # fixed for DistilBERT, read from the file for the others
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int  # RoBERTa's first pad_token_id + 1 are not usable
+    pad_token_id: int
+    hidden_act: str
+    hidden_dropout_prob: float
+    attention_probs_dropout_prob: float
+    classifier_dropout: float
+    type_vocab_size: int = 0  # DistilBERT has none
+    layer_norm_eps: float = 1e-12  # fixed for DistilBERT, read from the file for the others
     initializer_range: float = 0.02
 
     @property
     def prefix(self):
-        return FAMILIES[self.family][0]
+        return FAMILIES[self.model_type][0]
 
     @property
     def counts_from_padding(self):
-        """RoBERTa numbers its positions from pad_id + 1, over the tokens that are no padding."""
-        return self.family in ("roberta", "xlm-roberta")
+        """RoBERTa numbers its positions from pad_token_id + 1, over the tokens that are no padding."""
+        return self.model_type in ("roberta", "xlm-roberta")
 
     @property
     def max_length(self):
         """The longest usable sequence, in tokens."""
-        return self.positions - (self.pad_id + 1 if self.counts_from_padding else 0)
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.counts_from_padding else 0)
 
 
 def read_config(raw, where="config.json"):
@@ -98,28 +91,31 @@ def read_config(raw, where="config.json"):
         if raw.get(key, plain) != plain:
             value = shown(raw[key])
             raise BadInput(f"{where}: {key} is {value}; only plain encoders with absolute positions can be loaded")
-    keys, values = FAMILIES[family][1], {}
-    for field, key in keys.items():
+    keys = {field.name: FAMILIES[family][1].get(field.name, field.name) for field in dataclasses.fields(Config)}
+    values = {"type_vocab_size": 0, "layer_norm_eps": 1e-12} if family == "distilbert" else {}  # what it doesn't say
+    for field in [field for field in dataclasses.fields(Config) if field.name not in values]:
+        key, kind = keys[field.name], field.type
         if key not in raw and key not in OPTIONAL:
             raise BadInput(f"{where} has no {key}")
-        value, kind = raw.get(key, OPTIONAL.get(key)), Config.__annotations__[field]
-        if field == "head_dropout" and value is None:
-            value = values["dropout"]
-        kinds = (float, int) if kind is float else (kind,)
-        low = 0 if kind is float or field in ("pad_id", "segments") else 1
-        high = 1 if kind is float else 100 if field == "layers" else 10_000_000
-        if type(value) not in kinds or (kind is not str and not low <= value <= high):
+        value = raw.get(key, OPTIONAL.get(key))
+        if field.name == "classifier_dropout" and value is None:
+            value = values["hidden_dropout_prob"]
+        low = 1 if kind is int and key not in ("pad_token_id", "type_vocab_size") else 0
+        high = 1 if kind is float else 100 if field.name == "num_hidden_layers" else 10_000_000
+        if type(value) not in ((float, int) if kind is float else (kind,)) or not (kind is str or low <= value <= high):
             raise BadInput(f"{where}: {key} is {shown(value)}")
-        values[field] = value
-    c = Config(family, **values)
-    if c.activation not in ACTIVATIONS:
-        raise BadInput(f"{where}: {keys['activation']} {shown(c.activation)} is none of {', '.join(ACTIVATIONS)}")
-    if c.width % c.heads:
-        raise BadInput(f"{where}: {keys['heads']} {c.heads} does not divide {keys['width']} {c.width}")
-    if c.pad_id >= c.vocabulary:
-        raise BadInput(f"{where}: pad_token_id {c.pad_id} is beyond vocab_size {c.vocabulary}")
+        values[field.name] = value
+    c = Config(**values)
+    if c.hidden_act not in ACTIVATIONS:
+        raise BadInput(f"{where}: {keys['hidden_act']} {shown(c.hidden_act)} is none of {', '.join(ACTIVATIONS)}")
+    if c.hidden_size % c.num_attention_heads:
+        heads, width = keys["num_attention_heads"], keys["hidden_size"]
+        raise BadInput(f"{where}: {heads} {c.num_attention_heads} does not divide {width} {c.hidden_size}")
+    if c.pad_token_id >= c.vocab_size:
+        raise BadInput(f"{where}: pad_token_id {c.pad_token_id} is beyond vocab_size {c.vocab_size}")
     if c.max_length < 1:
-        raise BadInput(f"{where}: max_position_embeddings {c.positions} leaves no room beside pad_token_id {c.pad_id}")
+        positions = f"max_position_embeddings {c.max_position_embeddings}"
+        raise BadInput(f"{where}: {positions} leaves no room beside pad_token_id {c.pad_token_id}")
     return c
 
 
@@ -150,14 +146,14 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.act = c.heads, ACTIVATIONS[c.activation]
-        self.dropout, self.attention_dropout = c.dropout, c.attention_dropout
-        self.attended_dropout = 0.0 if c.family == "distilbert" else c.dropout  # it has none there
-        self.paths = FAMILIES[c.family][3]
-        sizes = {"up": (c.width, c.inner), "down": (c.inner, c.width)}
+        self.heads, self.act = c.num_attention_heads, ACTIVATIONS[c.hidden_act]
+        self.dropout, self.attention_dropout = c.hidden_dropout_prob, c.attention_probs_dropout_prob
+        self.attended_dropout = 0.0 if c.model_type == "distilbert" else c.hidden_dropout_prob  # it has none there
+        self.paths = FAMILIES[c.model_type][3]
+        sizes = {"up": (c.hidden_size, c.intermediate_size), "down": (c.intermediate_size, c.hidden_size)}
         for part, path in self.paths.items():
             norm = part.startswith("norm")
-            put(self, path, nn.LayerNorm(c.width, c.eps) if norm else nn.Linear(*sizes.get(part, (c.width, c.width))))
+            put(self, path, nn.LayerNorm(c.hidden_size, c.layer_norm_eps) if norm else nn.Linear(*sizes.get(part, (c.hidden_size, c.hidden_size))))
 
     def forward(self, x, mask, tokens=None):
         """x: (batch, length, width) -> the same, or its first `tokens` alone; mask: as for `attention`."""
@@ -180,15 +176,15 @@ class Encoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.embeddings = nn.Module()
-        self.embeddings.word_embeddings = nn.Embedding(c.vocabulary, c.width)
-        self.embeddings.position_embeddings = nn.Embedding(c.positions, c.width)
-        if c.segments:
-            self.embeddings.token_type_embeddings = nn.Embedding(c.segments, c.width)
-        self.embeddings.LayerNorm = nn.LayerNorm(c.width, c.eps)
-        self.stack = FAMILIES[c.family][2]
-        put(self, self.stack, nn.ModuleList(Layer(c) for _ in range(c.layers)))
+        self.embeddings.word_embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embeddings.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        if c.type_vocab_size:
+            self.embeddings.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.embeddings.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        self.stack = FAMILIES[c.model_type][2]
+        put(self, self.stack, nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers)))
         if pooler:
-            put(self, "pooler.dense", nn.Linear(c.width, c.width))
+            put(self, "pooler.dense", nn.Linear(c.hidden_size, c.hidden_size))
         self.has_pooler = pooler
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None, tokens=None):
@@ -202,15 +198,15 @@ class Encoder(nn.Module):
         if length > c.max_length:
             raise ValueError(f"a sequence of {length} tokens, but the model has {c.max_length} positions")
         if c.counts_from_padding:
-            real = (input_ids != c.pad_id).long()
-            positions = real.cumsum(1) * real + c.pad_id  # (batch, length)
+            real = (input_ids != c.pad_token_id).long()
+            positions = real.cumsum(1) * real + c.pad_token_id  # (batch, length)
         else:
             positions = torch.arange(length, device=input_ids.device)[None]  # (1, length)
         x = e.word_embeddings(input_ids) + e.position_embeddings(positions)  # (batch, length, width)
-        if c.segments:  # with one type only, as RoBERTa has, what a tokenizer says is ignored
-            types = torch.zeros_like(input_ids) if token_type_ids is None or c.segments == 1 else token_type_ids
+        if c.type_vocab_size:  # with one type only, as RoBERTa has, what a tokenizer says is ignored
+            types = torch.zeros_like(input_ids) if token_type_ids is None or c.type_vocab_size == 1 else token_type_ids
             x = x + e.token_type_embeddings(types)
-        x = F.dropout(e.LayerNorm(x), c.dropout, self.training)
+        x = F.dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)
         mask = attention_mask
         if mask is not None:
             mask = x.new_zeros(mask.shape).masked_fill(~mask.bool(), -math.inf)[:, None, None]  # (batch, 1, 1, length)
@@ -234,15 +230,15 @@ class Head(nn.Module):
 
     def __init__(self, config, outputs, own_pooler=False):
         super().__init__()
-        c, self.family, self.dropout = config, config.family, config.head_dropout
+        c, self.family, self.dropout = config, config.model_type, config.classifier_dropout
         self.dense_path, self.out_path, self.saved = {  # saved: what peft calls modules_to_save
             "bert": ("bert.pooler.dense", "classifier", ["classifier", "pooler"]) if own_pooler
                     else (None, "classifier", ["classifier"]),
             "distilbert": ("pre_classifier", "classifier", ["classifier", "pre_classifier"]),
-        }.get(c.family, ("classifier.dense", "classifier.out_proj", ["classifier"]))  # fmt: skip
+        }.get(c.model_type, ("classifier.dense", "classifier.out_proj", ["classifier"]))  # fmt: skip
         if self.dense_path:
-            put(self, self.dense_path, nn.Linear(c.width, c.width))
-        put(self, self.out_path, nn.Linear(c.width, outputs))
+            put(self, self.dense_path, nn.Linear(c.hidden_size, c.hidden_size))
+        put(self, self.out_path, nn.Linear(c.hidden_size, outputs))
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=c.initializer_range)
@@ -272,7 +268,7 @@ class MultiTaskModel(nn.Module):
             self.add_head(name, outputs)
 
     def add_head(self, name, outputs):
-        own_pooler = self.encoder.config.family == "bert" and not self.encoder.has_pooler
+        own_pooler = self.encoder.config.model_type == "bert" and not self.encoder.has_pooler
         self.heads[name] = Head(self.encoder.config, outputs, own_pooler)
 
     def forward(self, task, input_ids, attention_mask=None, token_type_ids=None):
@@ -307,7 +303,7 @@ def load_encoder(path_or_id, revision="main", quiet=False):
     config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
     tensors, extra = encoder_tensors(read_weights(folder), config.prefix)
     with torch.device("meta"):
-        encoder = Encoder(config, pooler=config.family == "bert" and "pooler.dense.weight" in tensors)
+        encoder = Encoder(config, pooler=config.model_type == "bert" and "pooler.dense.weight" in tensors)
     expected = encoder.state_dict()
     for name, wanted in expected.items():
         if name not in tensors:
@@ -321,7 +317,7 @@ def load_encoder(path_or_id, revision="main", quiet=False):
     if extra and not quiet:
         print(f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:10])}"
               + (", …" if len(extra) > 10 else ""))  # fmt: skip
-    if config.family == "bert" and not encoder.has_pooler and not quiet:
+    if config.model_type == "bert" and not encoder.has_pooler and not quiet:
         print(f"{path_or_id}: no pooler in the checkpoint; every task trains its own")
     encoder.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)
     return encoder.eval()

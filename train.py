@@ -115,7 +115,7 @@ class Settings:
     dropout: float = setting(0.0, "on the input of A, in training")
     encoder_dropout: bool = setting(False, "keep the frozen encoder's own dropout in training; without, it only reads")
     # projection
-    unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "role", "joint"])
+    unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "factor", "all"])
     factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
     sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow, "
                             "pair by pair")
@@ -360,9 +360,7 @@ def projected_blocks(model, method, s):
         return [], []
     layers = lora.lora_layers(model.encoder)
     paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
-    blocks = lora.blocks(model.encoder, "joint" if method == "pcgrad" else s.unit)
-    blocks = [[p for p in block if paths[id(p)][-1] in s.factors] for block in blocks]
-    blocks = [block for block in blocks if block]
+    blocks = lora.blocks(model.encoder, "all" if method == "pcgrad" else s.unit, s.factors)
     found = [[paths[id(p)] for p in block] for block in blocks]
     return blocks, [x[0] if len(x) == 1 else "".join(sorted({path[-1] for path in x})) for x in found]
 
@@ -436,7 +434,7 @@ def sum_gradients(parameters):
 # The training loop
 
 
-def rate_at(step, s):
+def lr_at(step, s):
     """The learning rate's factor: up linearly in the warm-up, then down to 0."""
     warm = max(1, round(s.warmup * s.steps))
     return min((step + 1) / warm, (s.steps - step) / max(1, s.steps - warm + 1))
@@ -540,7 +538,7 @@ def train(method, model, tasks, seed, s, log, bar, progress):
         for layer in lora.lora_layers(model.encoder).values():
             layer.train()
 
-    pad_id = model.encoder.config.pad_id
+    pad_id = model.encoder.config.pad_token_id
     stream = batches_of_steps(tasks, seed, s, pad_id, device, start, RANK, WORLD)
     for step, parts in zip(range(start, s.steps), stream, strict=False):
         begin = time.perf_counter()
@@ -556,13 +554,13 @@ def train(method, model, tasks, seed, s, log, bar, progress):
         good, bad = good & ~first, torch.where(first, seen, bad)
         torch.nn.utils.clip_grads_with_norm_(trained, s.clip or math.inf, norm)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_at(step, s)
+            group["lr"] = group["peak"] * lr_at(step, s)
         optimizer.step()
 
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
             check()
             values = dict(zip([data.name for data in tasks], sum_over_processes(losses).tolist(), strict=True))
-            entry = {"method": method, "seed": seed, "step": step, "lr": lr * rate_at(step, s), "loss": values,
+            entry = {"method": method, "seed": seed, "step": step, "lr": lr * lr_at(step, s), "loss": values,
                      "grad_norm": norm.item()}  # fmt: skip
             if ortho:
                 entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
@@ -722,7 +720,7 @@ def estimate(encoder, tasks, methods, seeds, s):
     model = build("joint", encoder, tasks, 0, s)
     times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
     for backward in (True, False):
-        stream = batches_of_steps(tasks, 0, s, encoder.config.pad_id, device_of(encoder), 0, RANK, WORLD)
+        stream = batches_of_steps(tasks, 0, s, encoder.config.pad_token_id, device_of(encoder), 0, RANK, WORLD)
         for step, parts in zip(range(3), stream, strict=False):
             begin = time.perf_counter()
             for batch in parts:
@@ -793,9 +791,9 @@ def prepare(s, device):
     tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
     if s.max_length > encoder.config.max_length:
         raise BadInput(f"--max-length {s.max_length}: {s.model} takes at most {encoder.config.max_length} tokens")
-    if tokenizer.get_vocab_size() > encoder.config.vocabulary:
+    if tokenizer.get_vocab_size() > encoder.config.vocab_size:
         raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
-                       f"{encoder.config.vocabulary}")  # fmt: skip
+                       f"{encoder.config.vocab_size}")  # fmt: skip
     tasks, weights = names(s.tasks, TASKS, "task"), numbers(s.task_weights, float, "") if s.task_weights else ()
     tasks = [load_data(name, s.glue, tokenizer, encoder.config, s.max_length, s.holdout) for name in tasks]
     for data, weight in zip(tasks, weights, strict=False):

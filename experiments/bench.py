@@ -146,7 +146,7 @@ def bench_project(args, device):
     notes = ["48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
              "batched product of every block with itself. MiB: what project() takes beside the rows."]  # fmt: skip
     if args.step:
-        config = Config("roberta", 50265, 768, 12, 12, 3072, 514, "gelu", 0.1, 0.1, 0.1, 1, 1, 1e-5)
+        config = Config("roberta", 50265, 768, 12, 12, 3072, 514, 1, "gelu", 0.1, 0.1, 0.1, 1, 1e-5)
         encoder = Encoder(config).to(device)
         one_task = Step("joint", "loop", argparse.Namespace(**{**vars(args), "tasks": 1}), device, encoder)
         seconds = take_turns({"": (None, one_task)}, 3, device, warmup=1)[""]
@@ -177,7 +177,7 @@ class Step:
         rng = np.random.default_rng(0)
         self.tasks = []
         for name in itertools.islice([t for t in glue.TASKS if glue.TASKS[t].outputs == 2] * 100, args.tasks):
-            ids = rng.integers(5, encoder.config.vocabulary, (args.batch_size, args.length)).tolist()
+            ids = rng.integers(5, encoder.config.vocab_size, (args.batch_size, args.length)).tolist()
             self.tasks.append(train.TaskData(name, [(row, [0] * len(row)) for row in ids], labels, [], labels))
         model = self.model = train.build(method, encoder, self.tasks, 0, s)
         self.parts, self.s = next(train.draw(self.tasks, 0, s, model)), s
@@ -240,7 +240,7 @@ def bench_step(args, device):
     folder = train.find_checkpoint(args.model)
     encoder = load_encoder(folder, quiet=True).to(device)
     steps = {name: Step(method, how, args, device, encoder) for name, (method, how) in MODES.items()}
-    if not args.no_peers and installed("transformers", "peft") and encoder.config.family != "distilbert":
+    if not args.no_peers and installed("transformers", "peft") and encoder.config.model_type != "distilbert":
         for attention in ("sdpa", "eager"):
             for precision in ("autocast", "bf16 weights") if args.dtype == "bf16" else ("float32",):
                 name = f"transformers + peft, joint, {attention}, {precision}"

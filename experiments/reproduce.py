@@ -80,7 +80,7 @@ EXPERIMENTS = {
     "matters": Experiment(
         "What matters in the method, on the toy grammar, where there is a gap to recover.",
         {name: "--methods " + flags for name, flags in {
-            "single": "single", "joint": "joint", "ortho": "ortho", "ortho, by role": "ortho --unit role",
+            "single": "single", "joint": "joint", "ortho": "ortho", "ortho, by role": "ortho --unit factor",
             "pcgrad": "pcgrad", "ortho, A alone": "ortho --factors A", "ortho, B alone": "ortho --factors B",
             "ortho, sequential": "ortho --sequential", "lori-ortho": "lori-ortho",
             "joint, balanced": "joint --balance", "ortho, balanced": "ortho --balance",
@@ -250,7 +250,7 @@ def measure(encoder, tasks, s, seed=0):
         cosines[step * BINS // s.steps] += across
         rates[step * BINS // s.steps] += (across < 0).float()
         torch.nn.utils.clip_grad_norm_(trained, s.clip)
-        optimizer.param_groups[0]["lr"] = s.lr * train.rate_at(step, s)
+        optimizer.param_groups[0]["lr"] = s.lr * train.lr_at(step, s)
         optimizer.step()
     each = s.steps / BINS
     names = train.projected_blocks(model, "ortho", s)[1]

@@ -17,14 +17,14 @@ import hashlib
 import json
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import ACTIVATIONS, BERT_KEYS, Config, Encoder
+from model import ACTIVATIONS, Config, Encoder
 from support.checkpoint import BadInput, read_json, write_safetensors, write_text
 from support.hub import quiet
 
@@ -369,9 +369,9 @@ class MaskedLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.encoder = Encoder(config)
-        self.dense, self.norm = nn.Linear(config.width, config.width), nn.LayerNorm(config.width, config.eps)
-        self.bias, self.act = nn.Parameter(torch.zeros(config.vocabulary)), ACTIVATIONS[config.activation]
-        self.odd = nn.Linear(config.width, 1)
+        self.dense, self.norm = nn.Linear(config.hidden_size, config.hidden_size), nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias, self.act = nn.Parameter(torch.zeros(config.vocab_size)), ACTIVATIONS[config.hidden_act]
+        self.odd = nn.Linear(config.hidden_size, 1)
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=config.initializer_range)
@@ -433,9 +433,21 @@ def encode(tokenizer, corpus):
 
 
 CONFIG = Config(
-    family="bert", vocabulary=0, width=64, layers=3, heads=4, inner=128, positions=64, activation="gelu",
-    dropout=0.0, attention_dropout=0.0, head_dropout=0.0, pad_id=0, segments=2, eps=1e-12, initializer_range=0.05,
-)  # fmt: skip
+    model_type="bert",
+    vocab_size=0,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=128,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    hidden_act="gelu",
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    classifier_dropout=0.0,
+    type_vocab_size=2,
+    initializer_range=0.05,
+)
 
 
 @contextlib.contextmanager
@@ -477,7 +489,7 @@ def pretrain(config, data, steps, seed=0, batch_size=64, lr=3e-3, quiet=True):
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         rows = batches.pop()
         ids, mask, types, odd = data[:, rows, : lengths[rows].max()]  # (batch, length) each
-        corrupted, where = mask_tokens(ids, config.vocabulary, generator)
+        corrupted, where = mask_tokens(ids, config.vocab_size, generator)
         words, strange = model(corrupted, mask, types, where)
         loss, asked = F.cross_entropy(words, ids[where]), (odd >= 0) & ~where
         found = F.binary_cross_entropy_with_logits(strange, odd.clamp(min=0).float(), asked.float(), reduction="sum")
@@ -495,9 +507,7 @@ def write_model(folder, model, tokenizer):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.encoder.config
-    raw = {key: getattr(config, field) for field, key in BERT_KEYS.items()}
-    raw |= {"model_type": "bert", "architectures": ["BertForMaskedLM"], "position_embedding_type": "absolute"}
-    raw |= {"classifier_dropout": config.head_dropout, "initializer_range": config.initializer_range}
+    raw = asdict(config) | {"architectures": ["BertForMaskedLM"], "position_embedding_type": "absolute"}
     tokenizer.save(str(folder / "tokenizer.json"))
     write_text(folder / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
     write_safetensors(folder / "model.safetensors", model.tensors())
@@ -531,7 +541,7 @@ def make_demo(folder, seed=0, conflict=CONFLICT, quiet=False, steps=1200, rows=2
     corpus = make_corpus(random.Random(f"corpus {seed}"), min(max(64 * steps, 2000), 16000))
     texts = [text for pair in corpus for text in pair[:2] if text]
     tokenizer = train_tokenizer([*texts, *WORDS])
-    config = replace(CONFIG, vocabulary=tokenizer.get_vocab_size())
+    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size())
     model, _ = pretrain(config, encode(tokenizer, corpus), steps, seed, quiet=quiet)
     write_model(folder / "model", model, tokenizer)
     write_text(folder / MARKER, json.dumps(settings, indent=1) + "\n")

@@ -66,7 +66,7 @@ def tiny(family):
     """Our own random model of that family, with LoRA nowhere."""
     torch.manual_seed(0)
     segments = 0 if family == "distilbert" else 2
-    config = Config(family, 11, 4, 1, 2, 6, 12, "gelu", 0.1, 0.1, 0.1, 1, segments)
+    config = Config(family, 11, 4, 1, 2, 6, 12, 1, "gelu", 0.1, 0.1, 0.1, segments)
     return MultiTaskModel(Encoder(config, pooler=family == "bert"), {"rte": 2}).eval()
 
 
@@ -219,8 +219,8 @@ def weights(folder, _):
         encoder = load_encoder(folder)
     out.getvalue().encode()  # what it prints can be printed
     c = encoder.config
-    ids = torch.arange(min(4, c.max_length))[None] % c.vocabulary
-    assert encoder(ids).shape == (*ids.shape, c.width)
+    ids = torch.arange(min(4, c.max_length))[None] % c.vocab_size
+    assert encoder(ids).shape == (*ids.shape, c.hidden_size)
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in encoder.parameters())
 
 

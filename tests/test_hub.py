@@ -38,7 +38,7 @@ for name in sys.argv[1:]:
             got = {split: len(rows) for split, rows in read_splits("rte", name.removeprefix("datasets/")).items()}
         else:
             folder = find_checkpoint(*name.split("@"))
-            got = [load_encoder(folder, quiet=True).config.layers, *sorted(p.name for p in folder.iterdir())]
+            got = [load_encoder(folder, quiet=True).config.num_hidden_layers, *sorted(p.name for p in folder.iterdir())]
         print(json.dumps([name, ["found", got, sum(waits)]]))
     except BadInput as e:
         print(json.dumps([name, [type(e).__name__, str(e), sum(waits)]]))

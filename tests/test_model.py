@@ -99,7 +99,7 @@ def test_parity_of_sizes_and_activations(family, shape, tmp_path):
     model.save_pretrained(tmp_path)
     encoder = parity(tmp_path, model)
     width, layers, act = shape["width"], shape["layers"], shape["act"]
-    assert (encoder.config.width, encoder.config.layers, encoder.config.activation) == (width, layers, act)
+    assert (encoder.config.hidden_size, encoder.config.num_hidden_layers, encoder.config.hidden_act) == (width, layers, act)
 
 
 def test_layer_norm_epsilon_and_segments_come_from_the_file(tmp_path):
@@ -341,27 +341,27 @@ DISTILBERT_BASE = {
 
 
 def test_published_configs():
-    common = {"width": 768, "heads": 12, "inner": 3072, "activation": "gelu", "dropout": 0.1, "attention_dropout": 0.1}
+    common = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     assert read_config(BERT_BASE) == Config(
-        "bert", vocabulary=30522, layers=12, positions=512, head_dropout=0.1, pad_id=0, segments=2, eps=1e-12, **common
+        "bert", vocab_size=30522, num_hidden_layers=12, max_position_embeddings=512, classifier_dropout=0.1, pad_token_id=0, type_vocab_size=2, layer_norm_eps=1e-12, **common
     )
     assert read_config(ROBERTA_BASE) == Config(
         "roberta",
-        vocabulary=50265,
-        layers=12,
-        positions=514,
-        head_dropout=0.1,
-        pad_id=1,
-        segments=1,
-        eps=1e-5,
+        vocab_size=50265,
+        num_hidden_layers=12,
+        max_position_embeddings=514,
+        classifier_dropout=0.1,
+        pad_token_id=1,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
         **common,
     )
     assert read_config(DISTILBERT_BASE) == Config(
-        "distilbert", vocabulary=30522, layers=6, positions=512, head_dropout=0.2, pad_id=0, segments=0, eps=1e-12,
+        "distilbert", vocab_size=30522, num_hidden_layers=6, max_position_embeddings=512, classifier_dropout=0.2, pad_token_id=0, type_vocab_size=0, layer_norm_eps=1e-12,
         **common)  # fmt: skip
     assert [read_config(c).max_length for c in (BERT_BASE, ROBERTA_BASE, DISTILBERT_BASE)] == [512, 512, 512]
-    assert read_config({**BERT_BASE, "classifier_dropout": 0.25}).head_dropout == 0.25
-    assert read_config({**BERT_BASE, "classifier_dropout": None}).head_dropout == 0.1
+    assert read_config({**BERT_BASE, "classifier_dropout": 0.25}).classifier_dropout == 0.25
+    assert read_config({**BERT_BASE, "classifier_dropout": None}).classifier_dropout == 0.1
 
 
 @pytest.mark.parametrize("raw", [BERT_BASE, ROBERTA_BASE, DISTILBERT_BASE], ids=lambda raw: raw["model_type"])

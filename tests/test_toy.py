@@ -254,9 +254,9 @@ def test_a_short_pretraining_beats_word_frequencies():
     counts = torch.bincount(data[0][data[0] >= 5]).double()
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * share.log()).sum().item()  # what the best constant guess loses per word, in nats
-    config = toy.replace(toy.CONFIG, vocabulary=tokenizer.get_vocab_size())
+    config = toy.replace(toy.CONFIG, vocab_size=tokenizer.get_vocab_size())
     _, losses = toy.pretrain(config, data, steps=120, batch_size=32)
-    assert len(losses) == 120 and abs(losses[0] - math.log(config.vocabulary)) < 1
+    assert len(losses) == 120 and abs(losses[0] - math.log(config.vocab_size)) < 1
     assert np.mean(losses[-20:]) < 0.8 * entropy
     _, again = toy.pretrain(config, data, steps=3, batch_size=32)
     _, other = toy.pretrain(config, data, steps=3, batch_size=32, seed=1)

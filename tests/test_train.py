@@ -153,7 +153,7 @@ def test_it_learns(run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, blocks", [
-    ("--unit role", ["A", "B"]), ("--unit joint", ["AB"]), ("--unit role --factors B", ["B"]), ("--sequential", None),
+    ("--unit factor", ["A", "B"]), ("--unit all", ["AB"]), ("--unit factor --factors B", ["B"]), ("--sequential", None),
     ("--factors A --combine mean --task-weights 1,2 --optimizer sgd --rslora --targets all-linear --dropout 0.1", None),
 ])  # fmt: skip
 def test_options(run, tmp_path, flags, blocks):
@@ -308,7 +308,7 @@ def test_no_mask_where_nothing_is_padded(demo):
     seen = [parts[0] for _, parts in zip(range(60), train.draw(tasks, 0, s, model), strict=False)]
     assert {batch.mask is None for batch in seen} == {True, False}
     for batch in seen:
-        assert (batch.mask is None) == bool((batch.ids != model.encoder.config.pad_id).all())
+        assert (batch.mask is None) == bool((batch.ids != model.encoder.config.pad_token_id).all())
 
 
 class Enough(Exception):
@@ -493,10 +493,10 @@ def test_gap_recovered_by_hand():
 
 def test_learning_rate_schedule():
     s = train.Settings(steps=100, warmup=0.1)
-    rates = [train.rate_at(step, s) for step in range(100)]
+    rates = [train.lr_at(step, s) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and max(rates) == 1.0 and 0 < rates[-1] < 0.02
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert [train.rate_at(0, train.Settings(steps=1, warmup=w)) for w in (0.0, 1.0)] == [1.0, 1.0]
+    assert [train.lr_at(0, train.Settings(steps=1, warmup=w)) for w in (0.0, 1.0)] == [1.0, 1.0]
 
 
 def test_regression_loss_of_the_mean_is_one(demo):
