@@ -1,12 +1,12 @@
 """GLUE: nine tasks and the diagnostic set, as data, batches, scores and leaderboard files. It knows no model.
 
-    accuracy, f1, matthews, pearson, spearman      (predictions, labels) -> float
-    TASKS                                          one row a task
-    score                                          a task's official metrics and their mean
-    load_task                                      the Hub's nyu-mll/glue, or a folder laid out like it -> Examples
-    load_tokenizer, encode                         texts -> token ids
-    batch_indices, evaluation_batches, collate     token ids -> padded tensors
-    write_submission                               predictions -> the leaderboard's files
+accuracy, f1, matthews, pearson, spearman      (predictions, labels) -> float
+TASKS                                          one row a task
+score                                          a task's official metrics and their mean
+load_task                                      the Hub's nyu-mll/glue, or a folder laid out like it -> Examples
+load_tokenizer, encode                         texts -> token ids
+batch_indices, evaluation_batches, collate     token ids -> padded tensors
+write_submission                               predictions -> the leaderboard's files
 """
 
 import contextlib
@@ -329,8 +329,10 @@ def encode_for(config, tokenizer, texts, max_length):
     for row, (ids, types) in enumerate(encoded):
         known = max(ids, default=0) < config.vocab_size and max(types, default=0) < max(2, config.type_vocab_size)
         if not (0 < len(ids) <= max_length and known):
-            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocab_size} ids: of "
-                           f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}")  # fmt: skip
+            raise BadInput(
+                f"tokenizer.json does not fit the model, which knows {config.vocab_size} ids: of "
+                f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}"
+            )
     return encoded
 
 

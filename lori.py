@@ -229,8 +229,10 @@ def trained_scalars(model):
 
 def adapter(model):
     """What the LoRA layers of `model` hold now, as a copy."""
-    return {path: (layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
-            for path, layer in layers_of(model).items()}  # fmt: skip
+    return {
+        path: (layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
+        for path, layer in layers_of(model).items()
+    }
 
 
 @torch.no_grad()

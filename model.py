@@ -153,14 +153,22 @@ class Layer(nn.Module):
         sizes = {"up": (c.hidden_size, c.intermediate_size), "down": (c.intermediate_size, c.hidden_size)}
         for part, path in self.paths.items():
             norm = part.startswith("norm")
-            put(self, path, nn.LayerNorm(c.hidden_size, c.layer_norm_eps) if norm else nn.Linear(*sizes.get(part, (c.hidden_size, c.hidden_size))))
+            put(
+                self,
+                path,
+                nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+                if norm
+                else nn.Linear(*sizes.get(part, (c.hidden_size, c.hidden_size))),
+            )
 
     def forward(self, x, mask, tokens=None):
         """x: (batch, length, width) -> the same, or its first `tokens` alone; mask: as for `attention`."""
         at = {part: self.get_submodule(path) for part, path in self.paths.items()}
         kept = x[:, :tokens]  # (batch, tokens, width): these read from all of x
-        q, k, v = (at[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for name, y in (("query", kept), ("key", x), ("value", x)))  # fmt: skip
+        q, k, v = (
+            at[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, y in (("query", kept), ("key", x), ("value", x))
+        )
         p = self.attention_dropout if self.training else 0.0
         mixed = attention(q, k, v, mask, p)  # (batch, heads, tokens, width / heads)
         mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, tokens, width)
@@ -232,10 +240,11 @@ class Head(nn.Module):
         super().__init__()
         c, self.family, self.dropout = config, config.model_type, config.classifier_dropout
         self.dense_path, self.out_path, self.saved = {  # saved: what peft calls modules_to_save
-            "bert": ("bert.pooler.dense", "classifier", ["classifier", "pooler"]) if own_pooler
-                    else (None, "classifier", ["classifier"]),
+            "bert": ("bert.pooler.dense", "classifier", ["classifier", "pooler"])
+            if own_pooler
+            else (None, "classifier", ["classifier"]),
             "distilbert": ("pre_classifier", "classifier", ["classifier", "pre_classifier"]),
-        }.get(c.model_type, ("classifier.dense", "classifier.out_proj", ["classifier"]))  # fmt: skip
+        }.get(c.model_type, ("classifier.dense", "classifier.out_proj", ["classifier"]))
         if self.dense_path:
             put(self, self.dense_path, nn.Linear(c.hidden_size, c.hidden_size))
         put(self, self.out_path, nn.Linear(c.hidden_size, outputs))
@@ -315,8 +324,10 @@ def load_encoder(path_or_id, revision="main", quiet=False):
             raise BadInput(f"{folder}: tensor {name!r} is of type {tensors[name].dtype}")
     extra = sorted(extra + [name for name in tensors if name not in expected])
     if extra and not quiet:
-        print(f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:10])}"
-              + (", …" if len(extra) > 10 else ""))  # fmt: skip
+        print(
+            f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:10])}"
+            + (", …" if len(extra) > 10 else "")
+        )
     if config.model_type == "bert" and not encoder.has_pooler and not quiet:
         print(f"{path_or_id}: no pooler in the checkpoint; every task trains its own")
     encoder.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)

@@ -181,8 +181,9 @@ class OrthoLoRA:
     surgery=False: project nothing, v_i = g_i; to balance alone, or to watch the conflicts of joint training.
     """
 
-    def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False, balance=False,
-                 surgery=True):  # fmt: skip
+    def __init__(
+        self, blocks, num_tasks, *, weights=None, generator=None, sequential=False, balance=False, surgery=True
+    ):
         self.blocks = [list(block) for block in blocks]
         parameters = [p for block in self.blocks for p in block]
         if not parameters or not all(self.blocks):
@@ -217,8 +218,10 @@ class OrthoLoRA:
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
         self.weights_column = self.rows.new_tensor(self.weights)[:, None]  # (T, 1)
         self.views = [self._per_parameter(row) for row in self.rows]
-        self.stacks = [part.unflatten(1, kn).transpose(0, 1)  # (k, T, n) for each size of block
-                       for part, kn in zip(self.rows.split(parts, 1), by_size, strict=True)]  # fmt: skip
+        self.stacks = [
+            part.unflatten(1, kn).transpose(0, 1)  # (k, T, n) for each size of block
+            for part, kn in zip(self.rows.split(parts, 1), by_size, strict=True)
+        ]
         self.update = self.rows.new_zeros(sum(sizes))  # (P,): what project() writes, each .grad a view of it
         exact = self._per_parameter(self.update)
         self.grads = [g.to(p.dtype) for g, p in zip(exact, self.parameters, strict=True)]  # or a copy in p's dtype
@@ -260,8 +263,10 @@ class OrthoLoRA:
         stacked = next(len(g) for g in found if g is not None)
         if stacked != self.num_tasks:
             raise ValueError(f"OrthoLoRA: gradients of {stacked} tasks stacked, but num_tasks={self.num_tasks}")
-        found = [p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
-                 for g, p in zip(found, self.parameters, strict=True)]  # fmt: skip
+        found = [
+            p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
+            for g, p in zip(found, self.parameters, strict=True)
+        ]
         self.rows.addcmul_(torch.cat(found, 1).to(self.rows.dtype), self.weights_column)
         for p in self.parameters:
             grads[p].grad = None

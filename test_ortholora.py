@@ -567,7 +567,14 @@ def test_stacked_gradients_of_another_number_of_tasks_are_an_error():
 def test_bad_arguments():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    for blocks, T, weights in (([], 2, None), ([[p], []], 2, None), ([[p], [q, p]], 2, None), ([[p]], 0, None),
-                               ([[p]], 2, [1.0]), ([[p], [frozen]], 2, None), ([[p * 2]], 2, None)):  # fmt: skip
+    for blocks, T, weights in (
+        ([], 2, None),
+        ([[p], []], 2, None),
+        ([[p], [q, p]], 2, None),
+        ([[p]], 0, None),
+        ([[p]], 2, [1.0]),
+        ([[p], [frozen]], 2, None),
+        ([[p * 2]], 2, None),
+    ):
         with pytest.raises(ValueError, match="OrthoLoRA"):
             OrthoLoRA(blocks, T, weights=weights)

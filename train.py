@@ -117,8 +117,9 @@ class Settings:
     # projection
     unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "factor", "all"])
     factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
-    sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow, "
-                            "pair by pair")
+    sequential: bool = setting(
+        False, "project off the others' gradients as projected so far, not the originals: slow, pair by pair"
+    )
     combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
     balance: bool = setting(False, "scale the tasks' gradients of the adapter to one norm, for joint too")
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
@@ -130,7 +131,9 @@ class Settings:
     own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
     merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
     merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks")
-    continual: bool = setting(False, "train the tasks one after the other; methods out of " + ", ".join(m for m in METHODS if METHODS[m].own))
+    continual: bool = setting(
+        False, "train the tasks one after the other; methods out of " + ", ".join(m for m in METHODS if METHODS[m].own)
+    )
     disjoint: bool = setting(False, "with --continual: lori-s's masks share no entry")
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task")
@@ -145,10 +148,16 @@ class Settings:
     seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting("auto", "of the frozen encoder in training; the rest is float32. auto: bf16 on a GPU with it",
-                         choices=["auto", "fp32", "bf16"])  # fmt: skip
-    per_task: str = setting("auto", "a pass forward and back for each task, or one for all tasks' sequences stacked; "
-                            "auto: stacked on a GPU", choices=["auto", "loop", "stacked"])  # fmt: skip
+    dtype: str = setting(
+        "auto",
+        "of the frozen encoder in training; the rest is float32. auto: bf16 on a GPU with it",
+        choices=["auto", "fp32", "bf16"],
+    )
+    per_task: str = setting(
+        "auto",
+        "a pass forward and back for each task, or one for all tasks' sequences stacked; auto: stacked on a GPU",
+        choices=["auto", "loop", "stacked"],
+    )
     compile: bool = setting(False, "torch.compile the encoder: slow at first, then faster on a GPU")
     holdout: int = setting(0, "hold this many training rows of each task out and score on them: to choose settings by")
     deterministic: bool = setting(False, "ask torch for deterministic kernels: slower on a GPU, the same on a CPU")
@@ -159,8 +168,12 @@ class Settings:
 
 
 DEMO = {  # what the demo changes
-    "tasks": "sst2,mrpc,mnli,stsb", "steps": 120, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2",
-}  # fmt: skip
+    "tasks": "sst2,mrpc,mnli,stsb",
+    "steps": 120,
+    "lr": 4e-3,
+    "max_length": 64,
+    "seeds": "0,1,2",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,9 +189,12 @@ def parse(argv):
         if (flag := word.partition("=")[0]) in MOVED:
             raise BadInput(f"{flag} is now a command of its own: {MOVED[flag]}")
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
+        prog="train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     for f in dataclasses.fields(Settings):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
@@ -217,9 +233,19 @@ def check(s):
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside 1 to 10,000,000")
     if s.max_length < 8:
         raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
-    for flag, low, high in (("alpha", 0, 1e6), ("lr", 0, 1e3), ("weight_decay", 0, 1e3), ("clip", 0, math.inf),
-                            ("warmup", 0, 1), ("dropout", 0, 0.99), ("holdout", 0, 1e9), ("sparse_lr", 0, 1e3),
-                            ("merge_weight", 0, 1e3), ("sparsity", 0, 0.999999), ("save_every", 0, 1e9)):  # fmt: skip
+    for flag, low, high in (
+        ("alpha", 0, 1e6),
+        ("lr", 0, 1e3),
+        ("weight_decay", 0, 1e3),
+        ("clip", 0, math.inf),
+        ("warmup", 0, 1),
+        ("dropout", 0, 0.99),
+        ("holdout", 0, 1e9),
+        ("sparse_lr", 0, 1e3),
+        ("merge_weight", 0, 1e3),
+        ("sparsity", 0, 0.999999),
+        ("save_every", 0, 1e9),
+    ):
         if not low <= getattr(s, flag) <= high:  # NaN is not
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
     tasks = names(s.tasks, TASKS, "task")
@@ -262,8 +288,10 @@ def check_masks_fit(encoder, tasks, s):
     model = build("lori-s", encoder, tasks, 0, s)
     for name, (_, k, n) in lori.mask_sizes(model.encoder, s.sparsity, s.granularity).items():
         if k * len(tasks) > n:
-            raise BadInput(f"--disjoint: {len(tasks)} masks of {k} entries do not fit into the {n} of {name}; "
-                           "raise --sparsity a little")  # fmt: skip
+            raise BadInput(
+                f"--disjoint: {len(tasks)} masks of {k} entries do not fit into the {n} of {name}; "
+                "raise --sparsity a little"
+            )
 
 
 def check_out(out, s):
@@ -396,6 +424,7 @@ def merged(model, encoder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes: torchrun --nproc-per-node N train.py ... All arrive at the same adapter; the first one writes.
 
+
 def join_processes(s):
     """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
     if WORLD > 1:
@@ -447,8 +476,15 @@ def projection(method, model, tasks, seed, s):
         return None
     share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and METHODS[method].project else None
     generator = torch.Generator().manual_seed(seed)
-    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential,
-                     balance=s.balance, surgery=METHODS[method].project)  # fmt: skip
+    return OrthoLoRA(
+        blocks,
+        len(tasks),
+        weights=share,
+        generator=generator,
+        sequential=s.sequential,
+        balance=s.balance,
+        surgery=METHODS[method].project,
+    )
 
 
 def gradients(model, tasks, parts, ortho, s):
@@ -560,8 +596,14 @@ def train(method, model, tasks, seed, s, log, bar, progress):
         if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
             check()
             values = dict(zip([data.name for data in tasks], sum_over_processes(losses).tolist(), strict=True))
-            entry = {"method": method, "seed": seed, "step": step, "lr": lr * lr_at(step, s), "loss": values,
-                     "grad_norm": norm.item()}  # fmt: skip
+            entry = {
+                "method": method,
+                "seed": seed,
+                "step": step,
+                "lr": lr * lr_at(step, s),
+                "loss": values,
+                "grad_norm": norm.item(),
+            }
             if ortho:
                 entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
             print(json.dumps(entry), file=log, flush=True)
@@ -624,7 +666,9 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, d
         scorer = merged(model, encoder)
         for data in group:
             entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
-            entry["tasks"][data.name] = score(data.name, predict(scorer, data.name, data.validation), data.validation_labels)
+            entry["tasks"][data.name] = score(
+                data.name, predict(scorer, data.name, data.validation), data.validation_labels
+            )
             save(model, data, method, seed, s, out, masks)
         progress.stop_if_asked()
     if done:
@@ -677,7 +721,9 @@ def run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress):
             overlaps += [lori.overlap(masks, earlier) for earlier in used]
             used.append(masks)
         seen, scorer = tasks[: stage + 1], merged(model, encoder)
-        matrix.append([score(d.name, predict(scorer, d.name, d.validation), d.validation_labels)["score"] for d in seen])
+        matrix.append(
+            [score(d.name, predict(scorer, d.name, d.validation), d.validation_labels)["score"] for d in seen]
+        )
     for stage, data in enumerate(tasks):
         save(model, data, method, seed, s, out, used[stage] if used else None)
     forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
@@ -792,8 +838,10 @@ def prepare(s, device):
     if s.max_length > encoder.config.max_length:
         raise BadInput(f"--max-length {s.max_length}: {s.model} takes at most {encoder.config.max_length} tokens")
     if tokenizer.get_vocab_size() > encoder.config.vocab_size:
-        raise BadInput(f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
-                       f"{encoder.config.vocab_size}")  # fmt: skip
+        raise BadInput(
+            f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
+            f"{encoder.config.vocab_size}"
+        )
     tasks, weights = names(s.tasks, TASKS, "task"), numbers(s.task_weights, float, "") if s.task_weights else ()
     tasks = [load_data(name, s.glue, tokenizer, encoder.config, s.max_length, s.holdout) for name in tasks]
     for data, weight in zip(tasks, weights, strict=False):
@@ -822,18 +870,31 @@ def compare(s):
     s.out = str(out)
     for data in tasks:
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
-    print(f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
-          f"about {clock(seconds)}", flush=True)  # fmt: skip
+    print(
+        f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
+        f"about {clock(seconds)}",
+        flush=True,
+    )
     unshown = ("out", "demo", "device", "resume", "save_every")
     shown = {k: v for k, v in dataclasses.asdict(s).items() if k not in unshown}
     results = {
-        "settings": shown, "demo": s.demo, "device": device.type, "tasks": [d.name for d in tasks], "seeds": seeds,
+        "settings": shown,
+        "demo": s.demo,
+        "device": device.type,
+        "tasks": [d.name for d in tasks],
+        "seeds": seeds,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "majority": {d.name: score(d.name, np.full(len(d.validation), d.majority()), d.validation_labels) for d in tasks},
+        "majority": {
+            d.name: score(d.name, np.full(len(d.validation), d.majority()), d.validation_labels) for d in tasks
+        },
         "methods": {m: {} for m in methods},
-    }  # fmt: skip
-    timing = {"hardware": hardware(device), "device": str(device), "estimated_seconds": seconds,
-              "methods": {m: {} for m in methods}}  # fmt: skip
+    }
+    timing = {
+        "hardware": hardware(device),
+        "device": str(device),
+        "estimated_seconds": seconds,
+        "methods": {m: {} for m in methods},
+    }
     facts = shown | {"device": device.type, "torch": torch.__version__} | fingerprints(encoder, tasks)
     progress = Progress(out / STATE, facts, s.save_every, s.resume, active=WORLD == 1)
     begin = time.perf_counter()
@@ -885,7 +946,9 @@ def main(argv=None):
     except BadInput as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
-    s = Settings(**({"methods": ",".join(m for m in METHODS if METHODS[m].own)} if "continual" in given else {}) | given)
+    s = Settings(
+        **({"methods": ",".join(m for m in METHODS if METHODS[m].own)} if "continual" in given else {}) | given
+    )
     try:
         check(s)
         join_processes(s)
@@ -898,8 +961,11 @@ def main(argv=None):
             except HubError as e:
                 if not bare or WORLD > 1:  # other processes may have got what this one has not
                     raise
-                print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
-                      "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)  # fmt: skip
+                print(
+                    f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
+                    "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n",
+                    flush=True,
+                )
         s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
         check(s)
         s.out = str(open_out(s.out or "runs/demo", s))

@@ -71,8 +71,14 @@ def take_turns(modes, rounds, device, warmup=2):
 
 def machine(device):
     """What a number was measured on, and with which commit."""
-    return {"hardware": train.hardware(device), "processor": processor(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "hardware": train.hardware(device),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def commit():
@@ -143,24 +149,32 @@ def bench_project(args, device):
         theirs = [f"{ms['torchjd']:.1f} ms", f"{ms['torchjd'] / ms['project']:.1f}"] if "torchjd" in ms else ["—", "—"]
         rows.append([str(T), *own, theirs[0], f"{ms['project'] / ms['gram']:.1f}", theirs[1], f"{extra / 2**20:.1f}"])
         print(" ".join(rows[-1]), flush=True)
-    notes = ["48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
-             "batched product of every block with itself. MiB: what project() takes beside the rows."]  # fmt: skip
+    notes = [
+        "48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
+        "batched product of every block with itself. MiB: what project() takes beside the rows."
+    ]
     if args.step:
         config = Config("roberta", 50265, 768, 12, 12, 3072, 514, 1, "gelu", 0.1, 0.1, 0.1, 1, 1e-5)
         encoder = Encoder(config).to(device)
         one_task = Step("joint", "loop", argparse.Namespace(**{**vars(args), "tasks": 1}), device, encoder)
         seconds = take_turns({"": (None, one_task)}, 3, device, warmup=1)[""]
-        shares = [f"{100 * r['milliseconds']['project'] / (1e3 * seconds * r['tasks']):.2f} % at T = {r['tasks']}"
-                  for r in results]  # fmt: skip
-        notes.append(f"A RoBERTa-base step takes {seconds:.2f} s per task ({args.batch_size} sequences of "
-                     f"{args.length} tokens, {args.dtype}): project() is {', '.join(shares)} of it.")  # fmt: skip
+        shares = [
+            f"{100 * r['milliseconds']['project'] / (1e3 * seconds * r['tasks']):.2f} % at T = {r['tasks']}"
+            for r in results
+        ]
+        notes.append(
+            f"A RoBERTa-base step takes {seconds:.2f} s per task ({args.batch_size} sequences of "
+            f"{args.length} tokens, {args.dtype}): project() is {', '.join(shares)} of it."
+        )
         results.append({"step_seconds_per_task": seconds})
     if len(counts) > 3:
         many = [r for r in results if r.get("tasks", 0) >= 8]
         grown = np.log([[r["milliseconds"]["project"], r["extra_bytes"]] for r in many])
         time_, memory = np.polyfit(np.log([r["tasks"] for r in many]), grown, 1)[0]
-        notes.append(f"From {many[0]['tasks']} to {many[-1]['tasks']} tasks project() takes time as T^{time_:.2f}, "
-                     f"and memory beside the rows as T^{memory:.2f}.")  # fmt: skip
+        notes.append(
+            f"From {many[0]['tasks']} to {many[-1]['tasks']} tasks project() takes time as T^{time_:.2f}, "
+            f"and memory beside the rows as T^{memory:.2f}."
+        )
     return rows, results, notes
 
 
@@ -230,9 +244,12 @@ class PeftStep:
 
 
 MODES = {  # name -> method, how
-    "joint, loop": ("joint", "loop"), "joint, one mixed batch": ("joint", "stacked"),
-    "pcgrad, loop": ("pcgrad", "loop"), "ortho, loop": ("ortho", "loop"), "ortho, stacked": ("ortho", "stacked"),
-}  # fmt: skip
+    "joint, loop": ("joint", "loop"),
+    "joint, one mixed batch": ("joint", "stacked"),
+    "pcgrad, loop": ("pcgrad", "loop"),
+    "ortho, loop": ("ortho", "loop"),
+    "ortho, stacked": ("ortho", "stacked"),
+}
 
 
 def bench_step(args, device):
@@ -250,8 +267,10 @@ def bench_step(args, device):
     tokens = args.tasks * args.batch_size * args.length
     rows = [["step", "time", "tokens / s", "against the faster joint step"]]
     rows += [[name, f"{1e3 * t:.0f} ms", f"{tokens / t:,.0f}", f"{t / joint:.3f}"] for name, t in times.items()]
-    notes = [f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
-             f"{Path(args.model).name}, no padding, no dropout{', compiled' if args.compile else ''}."]  # fmt: skip
+    notes = [
+        f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
+        f"{Path(args.model).name}, no padding, no dropout{', compiled' if args.compile else ''}."
+    ]
     theirs = {name: t for name, t in times.items() if "peft" in name}
     if theirs:
         best = min(theirs, key=theirs.get)
@@ -306,14 +325,25 @@ def bench_memory(args, device):
     for mode, peak in peaks.items():
         base = peaks["joint, loop" if "loop" in mode else "joint, one mixed batch"]
         more = peak - base + (stands if "ortho" in mode or "pcgrad" in mode else 0)
-        rows.append([mode, f"{peak / 2**20:.1f} MiB", f"{more / 2**20:.2f} MiB", f"{more / TP:.2f}",
-                     f"{(base + more) / base:.3f}"])  # fmt: skip
+        rows.append(
+            [
+                mode,
+                f"{peak / 2**20:.1f} MiB",
+                f"{more / 2**20:.2f} MiB",
+                f"{more / TP:.2f}",
+                f"{(base + more) / base:.3f}",
+            ]
+        )
     notes = [
         f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
         f"{Path(args.model).name}. The rows, T · P floats, take {TP / 2**20:.2f} MiB and are counted in, as is the sum."
     ]
-    return rows, [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()] + [
-        {"rows_bytes": TP, "standing_bytes": stands}], notes  # fmt: skip
+    return (
+        rows,
+        [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()]
+        + [{"rows_bytes": TP, "standing_bytes": stands}],
+        notes,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,8 +387,10 @@ def bench_waits(args, device):
         found["cudaDeviceSynchronize"] -= seen.count("cudaDeviceSynchronize") > 0  # the profiler's own, as it stops
         results.append({"method": method, "how": how, "waits": found})
         rows.append([f"{method}, {how}", "10", *map(str, found.values())])
-    notes = [f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
-             f"{Path(args.model).name}; AdamW, clipping and the checks that train.py makes."]  # fmt: skip
+    notes = [
+        f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
+        f"{Path(args.model).name}; AdamW, clipping and the checks that train.py makes."
+    ]
     return rows, results, notes
 
 
@@ -370,12 +402,21 @@ def bench_padding(args, device):
     """Joint steps on real tasks, with batches of alike lengths and with plain shuffling: padding, tokens per second."""
     folder = train.find_checkpoint(args.model)
     tokenizer, encoder = glue.load_tokenizer(folder), load_encoder(folder, quiet=True).to(device)
-    base = train.Settings(glue=args.glue, batch_size=args.batch_size, max_length=args.length, dtype=args.dtype,
-                          per_task="loop")  # fmt: skip
+    base = train.Settings(
+        glue=args.glue, batch_size=args.batch_size, max_length=args.length, dtype=args.dtype, per_task="loop"
+    )
     names = args.tasks_named.split(",")
     tasks = [train.load_data(name, base, tokenizer, encoder.config) for name in names]
-    rows = [["batches", *(f"{name}: padding" for name in names), "all: padding", "stacked: padding",
-             "real tokens / s", "against plain"]]  # fmt: skip
+    rows = [
+        [
+            "batches",
+            *(f"{name}: padding" for name in names),
+            "all: padding",
+            "stacked: padding",
+            "real tokens / s",
+            "against plain",
+        ]
+    ]
     streams, found = {}, {}
     for window in (1, base.window):
         s = train.dataclasses.replace(base, window=window)
@@ -386,8 +427,9 @@ def bench_padding(args, device):
             real, all_ = (sum(int(f(data.lengths[b])) for b in drawn) for f in (np.sum, lambda x: len(x) * x.max()))
             share.append(1 - real / all_)
             totals = [totals[0] + real, totals[1] + all_]
-        for step in itertools.islice(zip(*(glue.batches(d.lengths, s.batch_size, 0, d.name, window) for d in tasks),
-                                         strict=True), 200):  # fmt: skip
+        for step in itertools.islice(
+            zip(*(glue.batches(d.lengths, s.batch_size, 0, d.name, window) for d in tasks), strict=True), 200
+        ):
             lengths = np.concatenate([d.lengths[b] for d, b in zip(tasks, step, strict=True)])
             stacked = [stacked[0] + lengths.sum(), stacked[1] + len(lengths) * lengths.max()]
         found[window] = share, 1 - totals[0] / totals[1], 1 - stacked[0] / stacked[1]
@@ -411,14 +453,31 @@ def bench_padding(args, device):
             counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     rate = {window: counted[window] / seconds[window] for window in streams}
     for window, (share, total, stacked) in found.items():
-        rows.append([f"windows of {window}" if window > 1 else "plain", *(f"{100 * x:.1f} %" for x in share),
-                     f"{100 * total:.1f} %", f"{100 * stacked:.1f} %", f"{rate[window]:,.0f}",
-                     f"{rate[window] / rate[1]:.2f}"])  # fmt: skip
-    notes = [f"Joint steps of {args.batch_size} sequences per task, at most {args.length} tokens, {args.dtype}, "
-             f"{Path(args.model).name}. padding: its share of all tokens, over 200 batches. stacked: all tasks' "
-             "batches padded to the longest of them."]  # fmt: skip
-    results = [{"window": w, "padding": dict(zip(names, f[0], strict=True)), "padding_all": f[1],
-                "padding_stacked": f[2], "tokens_per_second": rate[w]} for w, f in found.items()]  # fmt: skip
+        rows.append(
+            [
+                f"windows of {window}" if window > 1 else "plain",
+                *(f"{100 * x:.1f} %" for x in share),
+                f"{100 * total:.1f} %",
+                f"{100 * stacked:.1f} %",
+                f"{rate[window]:,.0f}",
+                f"{rate[window] / rate[1]:.2f}",
+            ]
+        )
+    notes = [
+        f"Joint steps of {args.batch_size} sequences per task, at most {args.length} tokens, {args.dtype}, "
+        f"{Path(args.model).name}. padding: its share of all tokens, over 200 batches. stacked: all tasks' "
+        "batches padded to the longest of them."
+    ]
+    results = [
+        {
+            "window": w,
+            "padding": dict(zip(names, f[0], strict=True)),
+            "padding_all": f[1],
+            "padding_stacked": f[2],
+            "tokens_per_second": rate[w],
+        }
+        for w, f in found.items()
+    ]
     return rows, results, notes
 
 
@@ -441,8 +500,12 @@ def main():
     parser.add_argument("--no-peers", action="store_true", help="step: leave transformers and peft out")
     parser.add_argument("--compile", action="store_true", help="torch.compile, in every mode")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"],
-                        help="cpu: of the process, which a busy host does not stretch; with one thread")  # fmt: skip
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: of the process, which a busy host does not stretch; with one thread",
+    )
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds [%(default)s]")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder for the results")
     parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
@@ -461,8 +524,10 @@ def main():
     rows, results, notes = globals()[f"bench_{args.what}"](args, device)
     about = machine(device) | {"clock": args.clock}
     command = " ".join(["python experiments/bench.py", *sys.argv[1:]])
-    where = (f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
-             f"commit {about['commit']}, {about['date']}")  # fmt: skip
+    where = (
+        f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
+        f"commit {about['commit']}, {about['date']}"
+    )
     text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
     print(f"\n{text}")
     name = f"bench-{args.what}" + (f"-{args.dtype}" if args.what == "step" else "") + f"-{device.type}"

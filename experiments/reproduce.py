@@ -66,43 +66,96 @@ ORDERS = ("sst2,mrpc,stsb,rte", "rte,stsb,mrpc,sst2")
 EXPERIMENTS = {
     "main": Experiment(
         "Does projection recover what joint training loses? Four tasks of GLUE.",
-        FIVE, f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}", 5, RATES, full=FULL),
+        FIVE,
+        f"--tasks rte,mrpc,sst2,stsb --steps 400 {SIZE}",
+        5,
+        RATES,
+        full=FULL,
+    ),
     "three": Experiment(
         "The same for sentiment, paraphrase and inference.",
-        FIVE | AT, f"--tasks sst2,mrpc,mnli --steps 400 {SIZE}", 3, RATES | dict.fromkeys(AT, ()), full=FULL),
+        FIVE | AT,
+        f"--tasks sst2,mrpc,mnli --steps 400 {SIZE}",
+        3,
+        RATES | dict.fromkeys(AT, ()),
+        full=FULL,
+    ),
     "seven": Experiment(
         "The same for all seven tasks with an official validation split.",
-        FIVE, f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}", 3, RATES, full=FULL),
+        FIVE,
+        f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}",
+        3,
+        RATES,
+        full=FULL,
+    ),
     "conflict": Experiment(
         "A known conflict: the toy grammar's tasks contradict each other on a share p of the traits.",
-        {row: f"--methods {m}" for row, (_, m) in LEVELS.items()} | SAME, TOY, 6,
-        {"": TOY_RATES[:2]} | dict.fromkeys(SAME, ()), toy={row: p for row, (p, _) in LEVELS.items()} | {"": 0.25}),
+        {row: f"--methods {m}" for row, (_, m) in LEVELS.items()} | SAME,
+        TOY,
+        6,
+        {"": TOY_RATES[:2]} | dict.fromkeys(SAME, ()),
+        toy={row: p for row, (p, _) in LEVELS.items()} | {"": 0.25},
+    ),
     "matters": Experiment(
         "What matters in the method, on the toy grammar, where there is a gap to recover.",
-        {name: "--methods " + flags for name, flags in {
-            "single": "single", "joint": "joint", "ortho": "ortho", "ortho, by role": "ortho --unit factor",
-            "pcgrad": "pcgrad", "ortho, A alone": "ortho --factors A", "ortho, B alone": "ortho --factors B",
-            "ortho, sequential": "ortho --sequential", "lori-ortho": "lori-ortho",
-            "joint, balanced": "joint --balance", "ortho, balanced": "ortho --balance",
-            "joint, SGD": "joint --optimizer sgd", "ortho, SGD": "ortho --optimizer sgd",
-            "joint, batch 4": "joint --batch-size 4", "ortho, batch 4": "ortho --batch-size 4",
-        }.items()}, TOY, 8, {"": TOY_RATES, "joint, SGD": SGD_RATES, "ortho, SGD": SGD_RATES}, toy={"": 0.5}),
+        {
+            name: "--methods " + flags
+            for name, flags in {
+                "single": "single",
+                "joint": "joint",
+                "ortho": "ortho",
+                "ortho, by role": "ortho --unit factor",
+                "pcgrad": "pcgrad",
+                "ortho, A alone": "ortho --factors A",
+                "ortho, B alone": "ortho --factors B",
+                "ortho, sequential": "ortho --sequential",
+                "lori-ortho": "lori-ortho",
+                "joint, balanced": "joint --balance",
+                "ortho, balanced": "ortho --balance",
+                "joint, SGD": "joint --optimizer sgd",
+                "ortho, SGD": "ortho --optimizer sgd",
+                "joint, batch 4": "joint --batch-size 4",
+                "ortho, batch 4": "ortho --batch-size 4",
+            }.items()
+        },
+        TOY,
+        8,
+        {"": TOY_RATES, "joint, SGD": SGD_RATES, "ortho, SGD": SGD_RATES},
+        toy={"": 0.5},
+    ),
     "balance": Experiment(
         "Beyond the paper: every task's gradient at one norm, with and without projection. The main table's tasks.",
-        {"joint": "--methods joint", "joint, balanced": "--methods joint --balance",
-         "ortho, balanced": "--methods ortho --balance"},
-        f"--tasks rte,mrpc,sst2,stsb --steps 400 --lr 2e-3 {SIZE}", 3, full=FULL),
+        {
+            "joint": "--methods joint",
+            "joint, balanced": "--methods joint --balance",
+            "ortho, balanced": "--methods ortho --balance",
+        },
+        f"--tasks rte,mrpc,sst2,stsb --steps 400 --lr 2e-3 {SIZE}",
+        3,
+        full=FULL,
+    ),
     "lori": Experiment(
         "LoRI: a frozen A and a sparse B, alone and merged.",
-        {"LoRA": LORI["LoRA"].format(",lora-merged --own-a"),
-         "LoRI": LORI["LoRI"].format(",lori-d-merged,lori-s-merged")},
-        f"--tasks sst2,mrpc,stsb,rte --steps 200 {SIZE}", 3, full=FULL),
+        {
+            "LoRA": LORI["LoRA"].format(",lora-merged --own-a"),
+            "LoRI": LORI["LoRI"].format(",lori-d-merged,lori-s-merged"),
+        },
+        f"--tasks sst2,mrpc,stsb,rte --steps 200 {SIZE}",
+        3,
+        full=FULL,
+    ),
     "continual": Experiment(
         "LoRI: the tasks one after the other on one adapter, in two orders.",
-        {f"{method}: {order}": f"{flags.format('')} --tasks {order}" for order in ORDERS
-         for method, flags in LORI.items()},
-        f"--continual --steps 100 {SIZE}", 3, full=FULL),
-}  # fmt: skip
+        {
+            f"{method}: {order}": f"{flags.format('')} --tasks {order}"
+            for order in ORDERS
+            for method, flags in LORI.items()
+        },
+        f"--continual --steps 100 {SIZE}",
+        3,
+        full=FULL,
+    ),
+}
 
 
 KEPT = ("average", "adapter_parameters", "conflicts", "cosines", "matrix", "forgetting", "overlap")
@@ -166,16 +219,21 @@ def reproduce(name, args):
         trial, calls = {"seeds": "1000,1001", "holdout": HOLDOUT}, [",".join(calls)]
     with ThreadPoolExecutor(args.jobs) as pool:
         rates = {row: experiment.rates.get(row, experiment.rates.get("", ())) for row in experiment.rows}
-        tried = {(row, rate): pool.submit(run, out / f"rate {row} {rate:g}", flags(row, lr=rate, **trial), args.jobs)
-                 for row in experiment.rows for rate in rates[row]}  # fmt: skip
+        tried = {
+            (row, rate): pool.submit(run, out / f"rate {row} {rate:g}", flags(row, lr=rate, **trial), args.jobs)
+            for row in experiment.rows
+            for rate in rates[row]
+        }
         held = {row: {} for row in experiment.rows}
         for (row, rate), found in tried.items():
             (entries,) = found.result()[0]["methods"].values()
             held[row][rate] = sum(entry["average"] for entry in entries.values()) / len(entries)
         rate = {row: {"lr": f"{max(scores, key=scores.get):g}"} if scores else {} for row, scores in held.items()}
-        done = {(row, call): pool.submit(run, out / f"{row} seed {call}", flags(row, **rate[row], seeds=call),
-                                         args.jobs)
-                for call in calls for row in experiment.rows}  # fmt: skip
+        done = {
+            (row, call): pool.submit(run, out / f"{row} seed {call}", flags(row, **rate[row], seeds=call), args.jobs)
+            for call in calls
+            for row in experiment.rows
+        }
         done = {key: found.result() for key, found in done.items()}
 
     first = {row: done[row, calls[0]] for row in experiment.rows}
@@ -183,12 +241,15 @@ def reproduce(name, args):
     commits = ", ".join(sorted({t["commit"] for _, t in done.values()}))
     results = facts(name, experiment.about, args, timing, sum(t["seconds"] for _, t in done.values())) | {
         "commit": commits,
-        "settings": {k.lstrip("-"): v for k, v in common.items()}, "rows": experiment.rows,
-        "seeds": list(seeds), "tasks": found["tasks"], "held_out": held,
+        "settings": {k.lstrip("-"): v for k, v in common.items()},
+        "rows": experiment.rows,
+        "seeds": list(seeds),
+        "tasks": found["tasks"],
+        "held_out": held,
         "chosen": {row: found["settings"]["lr"] for row, (found, _) in first.items()},
         "majority": {row: {t: m["score"] for t, m in found["majority"].items()} for row, (found, _) in first.items()},
         "runs": {},
-    }  # fmt: skip
+    }
     for (row, _), (found, _) in done.items():
         for method, entries in found["methods"].items():
             for seed, entry in entries.items():
@@ -218,9 +279,17 @@ def noise(args):
     has no conflict to find, only noise. With cosines c between the two halves, c_ij / sqrt(c_ii c_jj) is what the
     cosine of tasks i and j would be without noise.
     """
-    s = train.Settings(model=args.model, glue=args.glue, tasks="rte,mrpc,sst2,stsb", batch_size=HALF, lr=2e-3,
-                       steps=1500 if args.full else 150, max_length=128 if args.full else 64, dtype="bf16",
-                       per_task="loop")  # fmt: skip
+    s = train.Settings(
+        model=args.model,
+        glue=args.glue,
+        tasks="rte,mrpc,sst2,stsb",
+        batch_size=HALF,
+        lr=2e-3,
+        steps=1500 if args.full else 150,
+        max_length=128 if args.full else 64,
+        dtype="bf16",
+        per_task="loop",
+    )
     begin, (encoder, tasks) = time.perf_counter(), train.prepare(s, train.find_device("auto"))
     kept = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("model", "glue")}  # not where these lie
     results = {"settings": kept, "seeds": [0], "tasks": [d.name for d in tasks], "ranks": {}}
@@ -255,10 +324,13 @@ def measure(encoder, tasks, s, seed=0):
     each = s.steps / BINS
     names = train.projected_blocks(model, "ortho", s)[1]
     return {
-        "blocks": names, "steps per bin": each,
-        "cosines": (cosines.mean(0) / each).tolist(), "rates": (rates.mean(0) / each).tolist(),  # (blocks, T, T)
-        "rates by time": (rates.mean(1) / each).tolist(), "cosines by time": (cosines.mean(1) / each).tolist(),
-    }  # fmt: skip
+        "blocks": names,
+        "steps per bin": each,
+        "cosines": (cosines.mean(0) / each).tolist(),
+        "rates": (rates.mean(0) / each).tolist(),  # (blocks, T, T)
+        "rates by time": (rates.mean(1) / each).tolist(),
+        "cosines by time": (cosines.mean(1) / each).tolist(),
+    }
 
 
 TRUST = ["tests/kills.py --count 50 --kills 3", "tests/fuzz.py --count 100000"]
@@ -266,9 +338,15 @@ TRUST = ["tests/kills.py --count 50 --kills 3", "tests/fuzz.py --count 100000"]
 
 def trust(args):
     """What a run survives: 50 runs killed and resumed, 100,000 damaged files read."""
+
     def tried(command):
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command.split()],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         return {"command": "python " + command, "status": done.returncode, "output": done.stdout}
 
     begin = time.perf_counter()
@@ -282,11 +360,14 @@ def facts(name, about, args, timing, seconds):
     """What every result says of where it comes from."""
     needs = "" if name in ("demo", "trust", "conflict", "matters") else " --model MODEL --glue GLUE"
     return {
-        "experiment": name, "about": about,
+        "experiment": name,
+        "about": about,
         "command": f"python experiments/reproduce.py {name}{needs}" + " --full" * args.full,
-        **machine(torch.device("cpu")), "hardware": timing["hardware"], "jobs": args.jobs,
+        **machine(torch.device("cpu")),
+        "hardware": timing["hardware"],
+        "jobs": args.jobs,
         "minutes": round(seconds / 60, 1),
-    }  # fmt: skip
+    }
 
 
 def write(name, results, args):

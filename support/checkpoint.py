@@ -107,9 +107,17 @@ def read_json(path):
 # safetensors: 8 bytes of header length N (little-endian), N bytes of JSON, then the tensors' raw bytes
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_header(path):
@@ -262,10 +270,18 @@ def read_pickle(path):
             raise
         except Exception as e:  # torch.load has no error of its own for a damaged or a malicious file
             raise BadInput(f"{path} is damaged, or holds more than tensors ({type(e).__name__})") from None
-        if not isinstance(tensors, dict) or not all(isinstance(n, str) and n.isprintable() for n in tensors) or not all(
-            type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided and t.device.type == device
-            and not t.is_nested and not t.is_quantized for t in tensors.values()
-        ):  # fmt: skip
+        if (
+            not isinstance(tensors, dict)
+            or not all(isinstance(n, str) and n.isprintable() for n in tensors)
+            or not all(
+                type(t) in (torch.Tensor, torch.nn.Parameter)
+                and t.layout == torch.strided
+                and t.device.type == device
+                and not t.is_nested
+                and not t.is_quantized
+                for t in tensors.values()
+            )
+        ):
             raise BadInput(f"{path} should hold a dictionary of names and tensors")
         if sum(t.numel() * t.itemsize for t in tensors.values()) > 2 * size:
             raise BadInput(f"{path} claims more numbers than its {size} bytes hold")
@@ -278,10 +294,20 @@ def read_pickle(path):
 
 ROOT = "base_model.model."
 VARIANTS = (  # settings of peft that change what its layers compute, or which layers there are
-    "use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "use_dora",
+    "fan_in_fan_out",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
     "monteclora_config",
-)  # fmt: skip
+)
 
 
 def short_targets(model, layers):
@@ -309,13 +335,20 @@ def save_adapter(model, folder, task, base="", metadata=None):
     tensors |= {ROOT + name: tensor.float() for name, tensor in head.items()}
     first = next(iter(layers.values()))
     config = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": str(base), "r": first.r,
-        "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora, "bias": "none",
-        "inference_mode": True, "target_modules": short_targets(model, layers),
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": str(base),
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": short_targets(model, layers),
         "modules_to_save": model.heads[task].saved,
         "rank_pattern": {prefix + path: m.r for path, m in layers.items() if m.r != first.r},
         "alpha_pattern": {prefix + path: m.alpha for path, m in layers.items() if m.alpha != first.alpha},
-    }  # fmt: skip
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"task": task, **(metadata or {})})
@@ -578,8 +611,11 @@ class Progress:
     def enter(self):
         """The next place of this method: ({name: tensor}, steps done, seconds per step), or ({}, 0, 0.0)."""
         self.place, self.number = f"{self.method} {self.number}", self.number + 1
-        mine = {name.removeprefix(self.place + "/"): x for name, x in self.tensors.items()
-                if name.startswith(self.place + "/")}  # fmt: skip
+        mine = {
+            name.removeprefix(self.place + "/"): x
+            for name, x in self.tensors.items()
+            if name.startswith(self.place + "/")
+        }
         return mine, *self.info["places"].get(self.place, (0, 0.0))
 
     def due(self):

@@ -1,7 +1,7 @@
 """A name -> a folder or a dataset, or one clear line. The Hub is asked once.
 
-    find_checkpoint     a local folder or a Hub id -> a folder with config.json, tokenizer.json and weights
-    read_splits         a task of a GLUE folder, or of a dataset on the Hub -> {split: datasets.Dataset}
+find_checkpoint     a local folder or a Hub id -> a folder with config.json, tokenizer.json and weights
+read_splits         a task of a GLUE folder, or of a dataset on the Hub -> {split: datasets.Dataset}
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What a run prints at its end: the table, where gradients conflict, what merging cost.
 
-    mean_and_spread, gap_recovered, markdown      numbers -> cells, cells -> an aligned Markdown table
-    report                                        results.json's and timing.json's contents -> results.md's text
-    statistics                                    what projections saw, added up -> an entry of results.json
+mean_and_spread, gap_recovered, markdown      numbers -> cells, cells -> an aligned Markdown table
+report                                        results.json's and timing.json's contents -> results.md's text
+statistics                                    what projections saw, added up -> an entry of results.json
 """
 
 import math
@@ -20,8 +20,12 @@ def statistics(totals, block_names, task_names, steps):
     """Means over the steps: by block [conflict rate, cosine, removed norm], by task pair the conflict rate."""
     rate, cosine, removed = [x.double().cpu() / steps for x in totals]
     columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
-    pairs = {f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
-             for i, a in enumerate(task_names) for j, b in enumerate(task_names) if i < j}  # fmt: skip
+    pairs = {
+        f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
+        for i, a in enumerate(task_names)
+        for j, b in enumerate(task_names)
+        if i < j
+    }
     return {
         "rate": round(columns[0].mean().item(), 6),
         "cosine": round(columns[1].mean().item(), 6),
@@ -66,8 +70,14 @@ def summary(method, averages, projected):
 def markdown(rows):
     """Rows of cells as an aligned Markdown table; the first row is the header, the first column the names."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in
-             enumerate(zip(row, widths, strict=True))) + " |" for row in rows]  # fmt: skip
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in rows
+    ]
     rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -77,8 +87,14 @@ def table(results, timing, methods):
     tasks, runs = results["tasks"], results["methods"]
     rows = [["method", *tasks, "average", "gap recovered", "adapter", "heads", "step time", "memory"]]
     guess = results["majority"]
-    rows.append(["majority class", *(f"{guess[t]['score']:.1f}" for t in tasks),
-                 f"{np.mean([guess[t]['score'] for t in tasks]):.1f}", *[""] * 5])  # fmt: skip
+    rows.append(
+        [
+            "majority class",
+            *(f"{guess[t]['score']:.1f}" for t in tasks),
+            f"{np.mean([guess[t]['score'] for t in tasks]):.1f}",
+            *[""] * 5,
+        ]
+    )
     averages = {m: [run["average"] for run in seeds.values()] for m, seeds in runs.items()}
     base = next((m for m in ("joint", *runs) if m in runs), None)
     step = {m: np.mean([t["seconds_per_step"] for t in timing["methods"][m].values()]) for m in runs}
@@ -86,12 +102,18 @@ def table(results, timing, methods):
         first = next(iter(seeds.values()))
         gap = summary(method, averages, methods[method].project).get("gap_recovered", "—")
         memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
-        rows.append([
-            method, *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
-            mean_and_spread(averages[method]), gap, f"{first['adapter_parameters']:,}", f"{first['head_parameters']:,}",
-            f"{step[method] / step[base]:.2f}" if step[method] else "—",
-            "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
-        ])  # fmt: skip
+        rows.append(
+            [
+                method,
+                *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
+                mean_and_spread(averages[method]),
+                gap,
+                f"{first['adapter_parameters']:,}",
+                f"{first['head_parameters']:,}",
+                f"{step[method] / step[base]:.2f}" if step[method] else "—",
+                "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
+            ]
+        )
     return markdown(rows)
 
 
@@ -105,8 +127,11 @@ def picture(results, method="ortho"):
     for name, rate in rates.items():
         number = next((part for part in name.split(".") if part.isdigit()), "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    lines = [f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds",
-             "", "layer  " + "".join(f"{f:<32}" for f in factors)]  # fmt: skip
+    lines = [
+        f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds",
+        "",
+        "layer  " + "".join(f"{f:<32}" for f in factors),
+    ]
     for number, found in layers.items():
         cells = []
         for factor in factors:
@@ -116,8 +141,11 @@ def picture(results, method="ortho"):
         lines.append(f"{number:>5}  " + "".join(cells))
     pairs = {p: 100 * np.mean([run["pairs"][p] for run in runs]) for p in runs[0]["pairs"]}
     removed = 100 * np.mean([run["removed"] for run in runs])
-    lines += ["", "by task pair: " + ", ".join(f"{p} {v:.0f} %" for p, v in sorted(pairs.items(), key=lambda x: -x[1])),
-              f"the projection took {removed:.0f} % of a task's gradient norm, on average"]  # fmt: skip
+    lines += [
+        "",
+        "by task pair: " + ", ".join(f"{p} {v:.0f} %" for p, v in sorted(pairs.items(), key=lambda x: -x[1])),
+        f"the projection took {removed:.0f} % of a task's gradient norm, on average",
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -133,8 +161,10 @@ def merges(results, methods):
         for task in results["tasks"]:
             lost = [own[seed]["tasks"][task]["score"] - run["tasks"][task]["score"] for seed, run in runs.items()]
             drops.append(f"{task} {mean_and_spread(lost)}")
-        lines.append(f"{method}: |cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}; "
-                     f"drop from the task's own adapter: {', '.join(drops)}")  # fmt: skip
+        lines.append(
+            f"{method}: |cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}; "
+            f"drop from the task's own adapter: {', '.join(drops)}"
+        )
     return "\n\n".join(lines)
 
 

@@ -232,9 +232,11 @@ def stsb(rng, conflict):
 CONFLICT = 0.5
 DRAW = {"sst2": sst2, "mrpc": mrpc, "mnli": mnli, "stsb": stsb}
 LABELS = {
-    "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"],
-    "mnli": ["entailment", "neutral", "contradiction"], "stsb": None,
-}  # fmt: skip
+    "sst2": ["negative", "positive"],
+    "mrpc": ["not_equivalent", "equivalent"],
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "stsb": None,
+}
 
 
 def validation_split(task):
@@ -369,7 +371,10 @@ class MaskedLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.encoder = Encoder(config)
-        self.dense, self.norm = nn.Linear(config.hidden_size, config.hidden_size), nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dense, self.norm = (
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.LayerNorm(config.hidden_size, config.layer_norm_eps),
+        )
         self.bias, self.act = nn.Parameter(torch.zeros(config.vocab_size)), ACTIVATIONS[config.hidden_act]
         self.odd = nn.Linear(config.hidden_size, 1)
         for m in self.modules():

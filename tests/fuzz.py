@@ -125,9 +125,35 @@ def tokenizers():
 # ---------------------------------------------------------------------------------------------------------------------
 # Mutations
 
-ABSURD = ["-1", "0", "1", "2.5", "1e400", "-1e400", "NaN", "1000000000000", "9" * 30, "9" * 400, "9" * 5000, "null",
-          "true", '"x"', '""', '"' + "y" * 5000 + '"', r'"\ud800"', r'"\n\u0000"', '"../../x"', '"(a+)+b"', "[]", "{}",
-          "[[[1]]]", "[-1,-1]", "[" * 400 + "]" * 400, "[" * 10**5, '{"a":' * 300 + "1" + "}" * 300]  # fmt: skip
+ABSURD = [
+    "-1",
+    "0",
+    "1",
+    "2.5",
+    "1e400",
+    "-1e400",
+    "NaN",
+    "1000000000000",
+    "9" * 30,
+    "9" * 400,
+    "9" * 5000,
+    "null",
+    "true",
+    '"x"',
+    '""',
+    '"' + "y" * 5000 + '"',
+    r'"\ud800"',
+    r'"\n\u0000"',
+    '"../../x"',
+    '"(a+)+b"',
+    "[]",
+    "{}",
+    "[[[1]]]",
+    "[-1,-1]",
+    "[" * 400 + "]" * 400,
+    "[" * 10**5,
+    '{"a":' * 300 + "1" + "}" * 300,
+]
 
 
 def nodes(value, path=()):
@@ -419,7 +445,8 @@ def main():
         status, said = forked(args, numbers[i : i + PART], folder)
         for kind, row in (said["table"] if said else {}).items():
             table[kind] = [a + b for a, b in zip(table[kind][:3], row[:3], strict=True)] + [
-                max(a, b) for a, b in zip(table[kind][3:], row[3:], strict=True)]  # fmt: skip
+                max(a, b) for a, b in zip(table[kind][3:], row[3:], strict=True)
+            ]
         grown = max(grown, said["grown"] if said else 0)
         if status:
             break

@@ -47,8 +47,15 @@ def serve(repositories, statuses=None, log=None, breaks=None):
             if call != "resolve":
                 files = [p for p in sorted((root / file).rglob("*")) if call == "tree"]
                 files += [root / p for p in parse_qs(body).get("paths", []) if (root / p).exists()]
-                listed = [{"path": p.relative_to(root).as_posix(), "oid": COMMIT, "size": p.stat().st_size,
-                           "type": "file" if p.is_file() else "directory"} for p in files]  # fmt: skip
+                listed = [
+                    {
+                        "path": p.relative_to(root).as_posix(),
+                        "oid": COMMIT,
+                        "size": p.stat().st_size,
+                        "type": "file" if p.is_file() else "directory",
+                    }
+                    for p in files
+                ]
                 listed = listed if call != "revision" else {"id": name, "sha": COMMIT, "siblings": []}
                 return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
             path = root / file

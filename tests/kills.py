@@ -25,9 +25,24 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402  before the forks, so that none of them has to
 from support import checkpoint  # noqa: E402
 
-FLAGS = ["--tasks", "sst2,stsb", "--methods", "single,joint,ortho,lori-d,lori-s,lora-merged,lori-s-merged",
-         "--steps", "4", "--batch-size", "4", "--max-length", "32", "--dtype", "fp32", "--dropout", "0.1",
-         "--save-every", "0"]  # fmt: skip
+FLAGS = [
+    "--tasks",
+    "sst2,stsb",
+    "--methods",
+    "single,joint,ortho,lori-d,lori-s,lora-merged,lori-s-merged",
+    "--steps",
+    "4",
+    "--batch-size",
+    "4",
+    "--max-length",
+    "32",
+    "--dtype",
+    "fp32",
+    "--dropout",
+    "0.1",
+    "--save-every",
+    "0",
+]
 PHASES = ["elsewhere", "training", "saving", "scoring"]
 phase = mmap.mmap(-1, 1)  # shared with the forks: what the run is at
 
@@ -63,8 +78,11 @@ def start(arguments, out):
 def kept(out):
     """{file: bytes} of what must not differ: all but times."""
     files = [path for path in sorted(out.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files
-            if path.name not in ("timing.json", "results.md")}  # fmt: skip
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in files
+        if path.name not in ("timing.json", "results.md")
+    }
 
 
 def main(argv=None):

@@ -161,30 +161,51 @@ def test_unaligned_offsets(tmp_path):
 
 F = entry("F32", [2], 0, 8)
 DAMAGE = {  # what is wrong: (header, bytes of data)
-    "an empty header": (b"", 0), "no JSON": (b"{'x': 1}", 0), "no UTF-8": (b'{"\xff": {}}', 0), "a list": ([], 0),
-    "deep brackets": (b"[" * 10**5, 0), "long number": (b'{"x": ' + b"9" * 5000 + b"}", 0),
-    "an overlap": ({"a": F, "b": entry("F32", [2], 4, 12)}, 12), "the same bytes twice": ({"a": F, "b": F}, 8),
-    "a hole": ({"a": F, "b": entry("F32", [2], 12, 20)}, 20), "a hole in front": ({"a": entry("F32", [2], 4, 12)}, 12),
-    "trailing bytes": ({"a": F}, 9), "too few bytes": ({"a": F}, 7), "no bytes": ({"a": F}, 0), "bytes alone": ({}, 4),
+    "an empty header": (b"", 0),
+    "no JSON": (b"{'x': 1}", 0),
+    "no UTF-8": (b'{"\xff": {}}', 0),
+    "a list": ([], 0),
+    "deep brackets": (b"[" * 10**5, 0),
+    "long number": (b'{"x": ' + b"9" * 5000 + b"}", 0),
+    "an overlap": ({"a": F, "b": entry("F32", [2], 4, 12)}, 12),
+    "the same bytes twice": ({"a": F, "b": F}, 8),
+    "a hole": ({"a": F, "b": entry("F32", [2], 12, 20)}, 20),
+    "a hole in front": ({"a": entry("F32", [2], 4, 12)}, 12),
+    "trailing bytes": ({"a": F}, 9),
+    "too few bytes": ({"a": F}, 7),
+    "no bytes": ({"a": F}, 0),
+    "bytes alone": ({}, 4),
     "an empty tensor inside another": ({"a": F, "e": entry("F32", [0], 4, 4)}, 8),
-    "unknown dtype": ({"a": entry("F33", [2], 0, 8)}, 8), "dtype of another size": ({"a": entry("F64", [2], 0, 8)}, 8),
-    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8), "dtype of a list": ({"a": entry([], [2], 0, 8)}, 8),
-    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8), "an entry of a number": ({"a": 1}, 8),
-    "negative shape": ({"a": entry("F32", [-2], 0, 8)}, 8), "two negatives": ({"a": entry("F32", [-1, -2], 0, 8)}, 8),
-    "a shape of a float": ({"a": entry("F32", [2.0], 0, 8)}, 8), "a shape of text": ({"a": entry("F32", "2", 0, 8)}, 8),
-    "a shape of a dict": ({"a": entry("F32", {}, 0, 4)}, 4), "a true shape": ({"a": entry("F32", [True, 2], 0, 8)}, 8),
+    "unknown dtype": ({"a": entry("F33", [2], 0, 8)}, 8),
+    "dtype of another size": ({"a": entry("F64", [2], 0, 8)}, 8),
+    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8),
+    "dtype of a list": ({"a": entry([], [2], 0, 8)}, 8),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, 8),
+    "an entry of a number": ({"a": 1}, 8),
+    "negative shape": ({"a": entry("F32", [-2], 0, 8)}, 8),
+    "two negatives": ({"a": entry("F32", [-1, -2], 0, 8)}, 8),
+    "a shape of a float": ({"a": entry("F32", [2.0], 0, 8)}, 8),
+    "a shape of text": ({"a": entry("F32", "2", 0, 8)}, 8),
+    "a shape of a dict": ({"a": entry("F32", {}, 0, 4)}, 4),
+    "a true shape": ({"a": entry("F32", [True, 2], 0, 8)}, 8),
     "a huge shape": ({"a": entry("F32", [2**40, 2**40], 0, 8)}, 8),
     "shape overflow": ({"a": entry("U8", [2**64], 0, 0)}, 0),
     "overflow to 0": ({"a": entry("U8", [2**62, 4], 0, 0)}, 0),
     "a huge empty shape": ({"a": entry("U8", [0, 2**63], 0, 0)}, 0),
     "a huge empty product": ({"a": entry("U8", [2**62, 2**62, 0], 0, 0)}, 0),
-    "huge offsets": ({"a": entry("U8", [2**50], 0, 2**50)}, 8), "backward offsets": ({"a": entry("F32", [2], 8, 0)}, 8),
-    "one offset": ({"a": {**F, "data_offsets": [0]}}, 8), "three offsets": ({"a": {**F, "data_offsets": [0, 8, 8]}}, 8),
-    "a name twice": (b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},'
-                     b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', 1),
+    "huge offsets": ({"a": entry("U8", [2**50], 0, 2**50)}, 8),
+    "backward offsets": ({"a": entry("F32", [2], 8, 0)}, 8),
+    "one offset": ({"a": {**F, "data_offsets": [0]}}, 8),
+    "three offsets": ({"a": {**F, "data_offsets": [0, 8, 8]}}, 8),
+    "a name twice": (
+        b'{"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},'
+        b' "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}',
+        1,
+    ),
     "a key twice": (b'{"a": {"dtype": "U8", "dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', 1),
-    "metadata of numbers": ({"__metadata__": {"n": 1}, "a": F}, 8), "metadata of a list": ({"__metadata__": []}, 0),
-}  # fmt: skip
+    "metadata of numbers": ({"__metadata__": {"n": 1}, "a": F}, 8),
+    "metadata of a list": ({"__metadata__": []}, 0),
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -256,9 +277,17 @@ def test_shards(tmp_path):
 
 
 ELSEWHERE = [
-    "../secret.safetensors", "{}/secret.safetensors", "sub/../../secret.safetensors", "..", "sub/x", ".hidden", "",
-    "a\\b", "x\n", "~/x",
-]  # fmt: skip
+    "../secret.safetensors",
+    "{}/secret.safetensors",
+    "sub/../../secret.safetensors",
+    "..",
+    "sub/x",
+    ".hidden",
+    "",
+    "a\\b",
+    "x\n",
+    "~/x",
+]
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
@@ -306,8 +335,14 @@ def test_damaged_pickle(tmp_path):
     for content in b"", b"nonsense", whole[:300], whole[:-30]:
         path.write_bytes(content)
         refused(read_weights, tmp_path, naming=path)
-    for content in [torch.ones(2)], {"a": 1}, {"a": {"b": torch.ones(2)}}, {1: torch.ones(2)}, \
-            {"a": torch.ones(2, 2).to_sparse()}, torch.ones(2):  # fmt: skip
+    for content in (
+        [torch.ones(2)],
+        {"a": 1},
+        {"a": {"b": torch.ones(2)}},
+        {1: torch.ones(2)},
+        {"a": torch.ones(2, 2).to_sparse()},
+        torch.ones(2),
+    ):
         torch.save(content, path)
         assert "dictionary of names and tensors" in refused(read_weights, tmp_path, naming=path)
 
@@ -366,11 +401,14 @@ def in_peft(kind, folder, adapter, labels):
 
 
 LORA = {
-    "default": {}, "rsLoRA": {"r": 3, "alpha": 5, "rslora": True}, "all-linear": {"targets": "all-linear", "r": 2},
-    "one layer": {"layers": [1]}, "dense": {"targets": ["dense"]},
+    "default": {},
+    "rsLoRA": {"r": 3, "alpha": 5, "rslora": True},
+    "all-linear": {"targets": "all-linear", "r": 2},
+    "one layer": {"layers": [1]},
+    "dense": {"targets": ["dense"]},
     "down": {"targets": ["output.dense"], "dropout": 0.1},
     "one path": {"targets": ["encoder.layer.0.attention.self.key"]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", LORA)
@@ -429,16 +467,21 @@ PATTERNS = {  # of whole names, as peft matches their ends
     "alpha_pattern": {r"layer\.1\..*": 5, r"layer\.0\..*\.(value|v_lin)": 3},
 }
 SHORT_PATTERNS = {
-    "rank_pattern": {"query": 5, "q_lin": 5}, "alpha_pattern": {"self.query": 1, "attention.q_lin": 1},
-}  # fmt: skip
+    "rank_pattern": {"query": 5, "q_lin": 5},
+    "alpha_pattern": {"self.query": 1, "attention.q_lin": 1},
+}
 PEFT = {
-    "plain": {}, "rsLoRA": {"use_rslora": True, "r": 3, "lora_alpha": 5},
+    "plain": {},
+    "rsLoRA": {"use_rslora": True, "r": 3, "lora_alpha": 5},
     "all-linear": {"target_modules": "all-linear"},
-    "some layers": {"layers_to_transform": [1]}, "one layer": {"layers_to_transform": 0},
-    "regex": {"target_modules": r".*layer\.1\..*\.(query|key|q_lin|k_lin)"}, "patterns": PATTERNS,
-    "short patterns": SHORT_PATTERNS, "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
+    "some layers": {"layers_to_transform": [1]},
+    "one layer": {"layers_to_transform": 0},
+    "regex": {"target_modules": r".*layer\.1\..*\.(query|key|q_lin|k_lin)"},
+    "patterns": PATTERNS,
+    "short patterns": SHORT_PATTERNS,
+    "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.5},
     "head named": {"modules_to_save": ["classifier"]},
-}  # fmt: skip
+}
 
 
 def from_peft(kind, folder, adapter, labels=3, **options):
@@ -496,16 +539,28 @@ def untouched(folder, adapter, tasks=None, task="rte"):
 
 
 BAD_CONFIG = [
-    ({"peft_type": "IA3"}, "'IA3'"), ({"peft_type": None}, "None"), ({"use_dora": True}, "use_dora"),
-    ({"bias": "all"}, "'all'"), ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    ({"init_lora_weights": "pissa"}, "'pissa'"), ({"init_lora_weights": ["x"]}, "init_lora_weights"),
-    ({"r": 3}, "(4, 24)"), ({"r": 0}, "r=0"), ({"r": 2.5}, "r=2.5"), ({"r": "4"}, "r='4'"),
+    ({"peft_type": "IA3"}, "'IA3'"),
+    ({"peft_type": None}, "None"),
+    ({"use_dora": True}, "use_dora"),
+    ({"bias": "all"}, "'all'"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"init_lora_weights": "pissa"}, "'pissa'"),
+    ({"init_lora_weights": ["x"]}, "init_lora_weights"),
+    ({"r": 3}, "(4, 24)"),
+    ({"r": 0}, "r=0"),
+    ({"r": 2.5}, "r=2.5"),
+    ({"r": "4"}, "r='4'"),
     ({"r": None}, "r=None"),
-    ({"r": 10**400}, "lora_A"), ({"lora_alpha": float("nan")}, "nan"), ({"lora_alpha": "8"}, "lora_alpha"),
-    ({"lora_alpha": 10**400}, "lora_alpha=1000"), ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
-    ({"lora_dropout": []}, "lora_dropout"), ({"rank_pattern": ["query"]}, "patterns"),
-    ({"rank_pattern": {"(": 2}}, "patterns"), ({"rank_pattern": {"query": 2}}, "(2,"),
-]  # fmt: skip
+    ({"r": 10**400}, "lora_A"),
+    ({"lora_alpha": float("nan")}, "nan"),
+    ({"lora_alpha": "8"}, "lora_alpha"),
+    ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+    ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
+    ({"lora_dropout": []}, "lora_dropout"),
+    ({"rank_pattern": ["query"]}, "patterns"),
+    ({"rank_pattern": {"(": 2}}, "patterns"),
+    ({"rank_pattern": {"query": 2}}, "(2,"),
+]
 
 
 @pytest.mark.parametrize("change, word", BAD_CONFIG, ids=lambda x: str(x)[:40])

@@ -97,8 +97,10 @@ def test_64_dimensions_are_read(tmp_path):
 def test_memory_of_unaligned_tensors(tmp_path):
     """They were copied while the whole file was in memory."""
     n = 1 << 20
-    header = {"b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-              "h": {"dtype": "F16", "shape": [n], "data_offsets": [1, 2 * n + 1]}}  # fmt: skip
+    header = {
+        "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "h": {"dtype": "F16", "shape": [n], "data_offsets": [1, 2 * n + 1]},
+    }
     write_header(tmp_path / "x.safetensors", header, bytes(2 * n + 1))
     tracemalloc.start()
     try:
@@ -109,10 +111,12 @@ def test_memory_of_unaligned_tensors(tmp_path):
 
 
 JSON = {
-    "a key twice": '{"a": 1, "a": 1}', "a key twice, deep": '{"x": [{"\\ud800": 1, "b": 2, "\\ud800": 3}]}',
-    "a long key twice": '{{"{0}": 1, "{0}": 1}}'.format("y" * 10**5), "too large": " " * MAX_JSON + "{}",
+    "a key twice": '{"a": 1, "a": 1}',
+    "a key twice, deep": '{"x": [{"\\ud800": 1, "b": 2, "\\ud800": 3}]}',
+    "a long key twice": '{{"{0}": 1, "{0}": 1}}'.format("y" * 10**5),
+    "too large": " " * MAX_JSON + "{}",
     "a key twice after many": "{" + "".join(f'"{i}":1,' for i in range(10**5)) + '"a":1,"a":1}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", JSON)
@@ -124,11 +128,22 @@ def test_json(what, tmp_path):
 
 DEEP = json.loads("[" * 900 + "]" * 900)  # it can be read, but not shown: repr has less room
 CONFIGS = [
-    ("model_type", DEEP), ("model_type", "y" * 10**6), ("hidden_size", DEEP), ("hidden_size", 10**4000),
-    ("hidden_size", {"y" * 10**6: 1}), ("hidden_size", "a\nb"), ("hidden_act", "y" * 10**6), ("is_decoder", DEEP),
-    ("position_embedding_type", "\ud800"), ("num_hidden_layers", 1000), ("num_hidden_layers", 10**12),
-    ("layer_norm_eps", float("nan")), ("layer_norm_eps", float("inf")), ("hidden_size", -4), ("vocab_size", True),
-]  # fmt: skip
+    ("model_type", DEEP),
+    ("model_type", "y" * 10**6),
+    ("hidden_size", DEEP),
+    ("hidden_size", 10**4000),
+    ("hidden_size", {"y" * 10**6: 1}),
+    ("hidden_size", "a\nb"),
+    ("hidden_act", "y" * 10**6),
+    ("is_decoder", DEEP),
+    ("position_embedding_type", "\ud800"),
+    ("num_hidden_layers", 1000),
+    ("num_hidden_layers", 10**12),
+    ("layer_norm_eps", float("nan")),
+    ("layer_norm_eps", float("inf")),
+    ("hidden_size", -4),
+    ("vocab_size", True),
+]
 
 
 @pytest.mark.parametrize("key, value", CONFIGS, ids=lambda x: str(x)[:30] if x is not DEEP else "deep")
@@ -158,13 +173,26 @@ def test_sizes_are_compared_before_memory_is_taken(files):
 
 
 ADAPTERS = [  # one change of adapter_config.json
-    {"rank_pattern": {"(a+)+b": 2}}, {"rank_pattern": {r"([\w.]+)+!": 2}}, {"rank_pattern": {"(.|.)" * 40 + "!": 2}},
-    {"rank_pattern": {".*" * 20 + "!": 2}}, {"alpha_pattern": {"(?=(a*)*b)": 2}}, {"alpha_pattern": {"(" * 2000: 2}},
-    {"alpha_pattern": {f"layer{i}": 2 for i in range(200_000)}}, {"alpha_pattern": {"query": True}},
-    {"rank_pattern": {"query": 2.0}}, {"r": True}, {"r": 2.0}, {"r": 10**4000}, {"lora_dropout": True},
-    {"lora_alpha": 10**4000}, {"use_rslora": "no"}, {"use_rslora": 2}, {"peft_type": "y" * 10**6},
-    {"bias": ["y"] * 10**5}, {"init_lora_weights": "y" * 10**6},
-]  # fmt: skip
+    {"rank_pattern": {"(a+)+b": 2}},
+    {"rank_pattern": {r"([\w.]+)+!": 2}},
+    {"rank_pattern": {"(.|.)" * 40 + "!": 2}},
+    {"rank_pattern": {".*" * 20 + "!": 2}},
+    {"alpha_pattern": {"(?=(a*)*b)": 2}},
+    {"alpha_pattern": {"(" * 2000: 2}},
+    {"alpha_pattern": {f"layer{i}": 2 for i in range(200_000)}},
+    {"alpha_pattern": {"query": True}},
+    {"rank_pattern": {"query": 2.0}},
+    {"r": True},
+    {"r": 2.0},
+    {"r": 10**4000},
+    {"lora_dropout": True},
+    {"lora_alpha": 10**4000},
+    {"use_rslora": "no"},
+    {"use_rslora": 2},
+    {"peft_type": "y" * 10**6},
+    {"bias": ["y"] * 10**5},
+    {"init_lora_weights": "y" * 10**6},
+]
 
 
 @pytest.mark.parametrize("change", ADAPTERS, ids=lambda change: str(change)[:40])
@@ -194,9 +222,17 @@ def test_adapter_with_a_layer_under_two_names(files):
     assert "twice" in refused(load_adapter, fuzz.tiny("roberta"), path.parent, "rte", naming=path.parent)
 
 
-SHAPES = ['{"x": [0, 1%s]}' % ("0" * 30), '{"x": [-2, -4]}', '{"x": [2.0, 4]}', '{"x": [true, 8]}', '{"x": "28"}',
-          '{"x": ["2", 1000000000000]}',
-          '{"x": [2, 4], "x": [2, 4]}', '{"x": [1e400, 1]}', "[" * 10**5]  # fmt: skip
+SHAPES = [
+    '{"x": [0, 1%s]}' % ("0" * 30),
+    '{"x": [-2, -4]}',
+    '{"x": [2.0, 4]}',
+    '{"x": [true, 8]}',
+    '{"x": "28"}',
+    '{"x": ["2", 1000000000000]}',
+    '{"x": [2, 4], "x": [2, 4]}',
+    '{"x": [1e400, 1]}',
+    "[" * 10**5,
+]
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=lambda text: text[:30])
@@ -240,8 +276,13 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
     folder = tmp_path / "model"
     index(folder, "part.safetensors")
     write_safetensors(tmp_path / "secret.safetensors", {"a": torch.ones(2)})
-    for target in "../secret.safetensors", tmp_path / "secret.safetensors", "../nowhere", "/dev/zero", \
-            "part.safetensors":  # fmt: skip
+    for target in (
+        "../secret.safetensors",
+        tmp_path / "secret.safetensors",
+        "../nowhere",
+        "/dev/zero",
+        "part.safetensors",
+    ):
         (folder / "part.safetensors").symlink_to(target)
         refused(read_weights, folder, naming=folder / "part.safetensors")
         (folder / "part.safetensors").unlink()
@@ -257,8 +298,9 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
     refused(read_weights, folder, naming=folder)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json",
-                                  "pytorch_model.bin", "tokenizer.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "tokenizer.json"]
+)
 @pytest.mark.parametrize("what", ["endless", "pipe"])
 def test_what_is_no_file_is_not_read(files, file, what):
     """A device that never ends, a pipe that never begins."""

@@ -48,8 +48,16 @@ for name in sys.argv[1:]:
 
 def environment(home, **others):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    return kept | {"PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-                   "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | others  # fmt: skip
+    return (
+        kept
+        | {
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(home),
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        | others
+    )
 
 
 def ask(home, names, **others):
@@ -192,10 +200,12 @@ def test_the_next_run_with_a_good_hub_finds_everything(weather):
 
 def test_repositories_that_lack_something(weather):
     assert one_line(weather["bad"]["o/weightless"], "model", "o/weightless").endswith(
-        "has no model.safetensors and no pytorch_model.bin")  # fmt: skip
+        "has no model.safetensors and no pytorch_model.bin"
+    )
     assert one_line(weather["bad"]["o/empty"], "model", "o/empty").endswith("has no config.json")
     assert one_line(weather["bad"]["bert-tiny@v2"], "model", "bert-tiny").startswith(
-        "model 'bert-tiny' has no revision 'v2'")  # fmt: skip
+        "model 'bert-tiny' has no revision 'v2'"
+    )
 
 
 @pytest.mark.parametrize("name", ["a b", "-x-", "x" * 200, "owner/"])

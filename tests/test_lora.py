@@ -19,8 +19,15 @@ TARGETS = {"distilbert": ["q_lin", "v_lin"]}
 
 def llama(layers=2):
     torch.manual_seed(0)
-    config = hf.LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=16)  # fmt: skip
+    config = hf.LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
     return hf.LlamaForCausalLM(config).eval()
 
 
@@ -135,8 +142,11 @@ def adapted(family, targets, layers=None):
 @pytest.mark.parametrize("layers", [None, [1], [0, 2]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_match_as_in_peft(family, layers):
-    sets = [["q_lin"], ["lin1", "out_lin"], ["attention.v_lin"]] if family == "distilbert" else [
-        ["query"], ["dense", "key"], ["output.dense"], ["attention.output.dense", "value"]]  # fmt: skip
+    sets = (
+        [["q_lin"], ["lin1", "out_lin"], ["attention.v_lin"]]
+        if family == "distilbert"
+        else [["query"], ["dense", "key"], ["output.dense"], ["attention.output.dense", "value"]]
+    )
     for targets in sets:
         theirs, ours = adapted(family, targets, layers)
         assert theirs == ours and len(ours) >= len(targets) * len(layers or [0, 1, 2])
@@ -213,11 +223,16 @@ def test_same_factors_same_logits_as_peft(family, rslora):
 
 
 BAD_TARGETS = [
-    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]), ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
-    ({"targets": ["uery"]}, ["'uery'"]), ({"targets": []}, ["query"]), ({"targets": ""}, ["query"]),
-    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]), ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
-    ({"layers": []}, ["[]", "[0, 1]"]), ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
-]  # fmt: skip
+    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]),
+    ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
+    ({"targets": ["uery"]}, ["'uery'"]),
+    ({"targets": []}, ["query"]),
+    ({"targets": ""}, ["query"]),
+    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]),
+    ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
+    ({"layers": []}, ["[]", "[0, 1]"]),
+    ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
+]
 
 
 @pytest.mark.parametrize("arguments, words", BAD_TARGETS, ids=str)
@@ -344,8 +359,9 @@ def test_per_task_of_rows_without_a_length_and_of_other_dtypes():
     assert y.dtype == torch.bfloat16 and grads[layer.B].grad.dtype == layer.B.dtype == torch.float32
     # dL/dB = scale * sum over rows of 1 (A x)'
     for t, rows in enumerate(x.split(2)):
-        torch.testing.assert_close(grads[layer.B].grad[t], (rows.float() @ layer.A.T).sum(0).expand(5, 2), rtol=2e-2,
-                                   atol=2e-2)  # fmt: skip
+        torch.testing.assert_close(
+            grads[layer.B].grad[t], (rows.float() @ layer.A.T).sum(0).expand(5, 2), rtol=2e-2, atol=2e-2
+        )
 
 
 def test_per_task_ends_with_its_block():

@@ -72,8 +72,14 @@ def factors(model):
 def random_adapter(shapes, rank, seed, scale=2.0, dtype=torch.float64):
     """shapes: {path: (out, in)}."""
     g = torch.Generator().manual_seed(seed)
-    return {p: (torch.randn(rank, i, generator=g, dtype=dtype) / math.sqrt(i),
-                torch.randn(o, rank, generator=g, dtype=dtype), scale) for p, (o, i) in shapes.items()}  # fmt: skip
+    return {
+        p: (
+            torch.randn(rank, i, generator=g, dtype=dtype) / math.sqrt(i),
+            torch.randn(o, rank, generator=g, dtype=dtype),
+            scale,
+        )
+        for p, (o, i) in shapes.items()
+    }
 
 
 SHAPES = {"a": (9, 12), "b": (5, 7)}
@@ -566,8 +572,10 @@ def test_linear_has_cross_terms():
     assert (deltas(merged)["a"] - weighted_sum(some, weights)["a"]).norm() > 0.5 * expected["a"].norm()
 
 
-@pytest.mark.parametrize("how, ranks, rslora", [("cat", (4, 4, 4), False), ("cat", (2, 5, 3), False),
-                                                ("cat", (4, 6, 2), True), ("linear", (4, 4, 4), False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, ranks, rslora",
+    [("cat", (4, 4, 4), False), ("cat", (2, 5, 3), False), ("cat", (4, 6, 2), True), ("linear", (4, 4, 4), False)],
+)
 def test_merging_as_in_peft(how, ranks, rslora):
     """peft's `add_weighted_adapter` of the same adapters, and its logits. It keeps use_rslora for the merged adapter,
     so the sum of 12 ranks comes out scaled by sqrt(12): there the scaling is set to what its formula means, 1."""
@@ -622,8 +630,13 @@ def test_merge_refuses():
         says("no adapters", merge, [], None, how)
         says("2 adapters, but 1 weights", merge, [one, two], [1], how)
         says("different targets: b is in only one of adapters 0 and 1", merge, [one, {"a": two["a"]}], None, how)
-        says("different bases: b is (5, 7) in adapter 0, (5, 8) in 1",
-             merge, [one, {**two, "b": random_adapter({"b": (5, 8)}, 2, 0)["b"]}], None, how)  # fmt: skip
+        says(
+            "different bases: b is (5, 7) in adapter 0, (5, 8) in 1",
+            merge,
+            [one, {**two, "b": random_adapter({"b": (5, 8)}, 2, 0)["b"]}],
+            None,
+            how,
+        )
     says("unknown merge 'ties': cat or linear", merge, [one, two], None, "ties")
     says("linear needs equal ranks, a has 2, 3", merge, [one, three], None, "linear")
     says("no weight may be negative: [1.0, -0.5]", merge, [one, two], [1, -0.5], "linear")
@@ -741,16 +754,30 @@ def test_bad_mask_files(lori_s, tmp_path):
     refused("not a complete safetensors file")
     bits = torch.tensor([255, 1], dtype=torch.uint8)
     for tensors, shapes in (
-        ({"x": bits}, None), ({"x": bits}, "{"), ({"x": bits}, "[]"), ({"x": bits}, "{}"), ({}, "{}"),
-        ({"x": bits}, '{"y": [3, 3]}'), ({"x": bits}, '{"x": [3, 3], "y": [1, 1]}'), ({"x": bits}, '{"x": 9}'),
-        ({"x": bits}, '{"x": [9]}'), ({"x": bits}, '{"x": [3, 3, 1]}'), ({"x": bits}, '{"x": ["3", 3]}'),
-        ({"x": bits}, '{"x": [3.0, 3]}'), ({"x": bits}, '{"x": [-3, -3]}'), ({"x": bits}, '{"x": [4, 2]}'),
-        ({"x": bits}, '{"x": [17, 1]}'), ({"x": bits}, '{"x": [null, 1]}'), ({"x": bits}, "[" * 10**5),
+        ({"x": bits}, None),
+        ({"x": bits}, "{"),
+        ({"x": bits}, "[]"),
+        ({"x": bits}, "{}"),
+        ({}, "{}"),
+        ({"x": bits}, '{"y": [3, 3]}'),
+        ({"x": bits}, '{"x": [3, 3], "y": [1, 1]}'),
+        ({"x": bits}, '{"x": 9}'),
+        ({"x": bits}, '{"x": [9]}'),
+        ({"x": bits}, '{"x": [3, 3, 1]}'),
+        ({"x": bits}, '{"x": ["3", 3]}'),
+        ({"x": bits}, '{"x": [3.0, 3]}'),
+        ({"x": bits}, '{"x": [-3, -3]}'),
+        ({"x": bits}, '{"x": [4, 2]}'),
+        ({"x": bits}, '{"x": [17, 1]}'),
+        ({"x": bits}, '{"x": [null, 1]}'),
+        ({"x": bits}, "[" * 10**5),
         ({"x": bits + 1}, '{"x": [3, 3]}'),  # bits beyond the last entry
-        ({"x": bits.float()}, '{"x": [3, 3]}'), ({"x": bits.long()}, '{"x": [3, 3]}'),
-        ({"x": bits[0]}, '{"x": [1, 1]}'), ({"x": bits.view(1, 2)}, '{"x": [3, 3]}'),
+        ({"x": bits.float()}, '{"x": [3, 3]}'),
+        ({"x": bits.long()}, '{"x": [3, 3]}'),
+        ({"x": bits[0]}, '{"x": [1, 1]}'),
+        ({"x": bits.view(1, 2)}, '{"x": [3, 3]}'),
         ({"x": bits.view(2, 1)}, '{"x": [3, 3]}'),
-    ):  # fmt: skip
+    ):
         write_safetensors(path, tensors, None if shapes is None else {"shapes": shapes})
         refused("holds no masks")
     write_safetensors(path, {"x": bits}, {"shapes": json.dumps({"x": [3, 3]})})

@@ -99,7 +99,11 @@ def test_parity_of_sizes_and_activations(family, shape, tmp_path):
     model.save_pretrained(tmp_path)
     encoder = parity(tmp_path, model)
     width, layers, act = shape["width"], shape["layers"], shape["act"]
-    assert (encoder.config.hidden_size, encoder.config.num_hidden_layers, encoder.config.hidden_act) == (width, layers, act)
+    assert (encoder.config.hidden_size, encoder.config.num_hidden_layers, encoder.config.hidden_act) == (
+        width,
+        layers,
+        act,
+    )
 
 
 def test_layer_norm_epsilon_and_segments_come_from_the_file(tmp_path):
@@ -157,8 +161,10 @@ def test_first_tokens_alone(family, lengths):
         assert part.shape[1] == count
         torch.testing.assert_close(part, whole[:, :count], rtol=0, atol=1e-6)
     weights = [m.weight for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
-    ours, theirs = (torch.autograd.grad(x[:, 0].square().sum(), weights, retain_graph=True, allow_unused=True)
-                    for x in (encoder(ids, mask, types, tokens=1), whole))  # fmt: skip
+    ours, theirs = (
+        torch.autograd.grad(x[:, 0].square().sum(), weights, retain_graph=True, allow_unused=True)
+        for x in (encoder(ids, mask, types, tokens=1), whole)
+    )
     assert sum(g is not None for g in ours) == 6 * config.num_hidden_layers  # all but a pooler
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
@@ -207,8 +213,11 @@ def encoder_of(family, **others):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_is_active_in_training_alone(family):
-    names = ("dropout", "attention_dropout") if family == "distilbert" else (
-        "hidden_dropout_prob", "attention_probs_dropout_prob")  # fmt: skip
+    names = (
+        ("dropout", "attention_dropout")
+        if family == "distilbert"
+        else ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    )
     inputs = batch(tiny(family))
     for rates, active in ((0.0, 0.0), False), ((0.4, 0.0), True), ((0.0, 0.4), True):
         encoder = encoder_of(family, **dict(zip(names, rates, strict=True))).eval()
@@ -285,8 +294,11 @@ def test_heads_start_as_in_transformers(family):
 def test_dropout_is_where_transformers_has_it(family, tmp_path):
     """With one seed both draw the same masks, as long as they draw them in the same places, shapes and order. (Not
     those of the attention weights, which are drawn inside a fused kernel here.)"""
-    rates = {"dropout": 0.2, "attention_dropout": 0.0, "seq_classif_dropout": 0.4} if family == "distilbert" else {
-        "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.4}  # fmt: skip
+    rates = (
+        {"dropout": 0.2, "attention_dropout": 0.0, "seq_classif_dropout": 0.4}
+        if family == "distilbert"
+        else {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.4}
+    )
     reference = make(tiny(family, **rates), "ForSequenceClassification")
     reference.save_pretrained(tmp_path)
     model, inputs = copied(reference, load_encoder(tmp_path)).train(), batch(reference.config)
@@ -323,27 +335,69 @@ def test_head_dropout(family):
 
 # As published: bert-base-uncased, roberta-base, distilbert-base-uncased, without the keys that nobody reads.
 BERT_BASE = {
-    "model_type": "bert", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
-    "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
-    "position_embedding_type": "absolute", "type_vocab_size": 2, "vocab_size": 30522,
-}  # fmt: skip
-ROBERTA_BASE = {
-    **BERT_BASE, "model_type": "roberta", "layer_norm_eps": 1e-05, "max_position_embeddings": 514, "pad_token_id": 1,
-    "type_vocab_size": 1, "vocab_size": 50265,
-}  # fmt: skip
-DISTILBERT_BASE = {
-    "model_type": "distilbert", "activation": "gelu", "attention_dropout": 0.1, "dim": 768, "dropout": 0.1,
-    "hidden_dim": 3072, "initializer_range": 0.02, "max_position_embeddings": 512, "n_heads": 12, "n_layers": 6,
-    "pad_token_id": 0, "qa_dropout": 0.1, "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False,
+    "model_type": "bert",
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "position_embedding_type": "absolute",
+    "type_vocab_size": 2,
     "vocab_size": 30522,
-}  # fmt: skip
+}
+ROBERTA_BASE = {
+    **BERT_BASE,
+    "model_type": "roberta",
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 514,
+    "pad_token_id": 1,
+    "type_vocab_size": 1,
+    "vocab_size": 50265,
+}
+DISTILBERT_BASE = {
+    "model_type": "distilbert",
+    "activation": "gelu",
+    "attention_dropout": 0.1,
+    "dim": 768,
+    "dropout": 0.1,
+    "hidden_dim": 3072,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "n_heads": 12,
+    "n_layers": 6,
+    "pad_token_id": 0,
+    "qa_dropout": 0.1,
+    "seq_classif_dropout": 0.2,
+    "sinusoidal_pos_embds": False,
+    "vocab_size": 30522,
+}
 
 
 def test_published_configs():
-    common = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    common = {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+    }
     assert read_config(BERT_BASE) == Config(
-        "bert", vocab_size=30522, num_hidden_layers=12, max_position_embeddings=512, classifier_dropout=0.1, pad_token_id=0, type_vocab_size=2, layer_norm_eps=1e-12, **common
+        "bert",
+        vocab_size=30522,
+        num_hidden_layers=12,
+        max_position_embeddings=512,
+        classifier_dropout=0.1,
+        pad_token_id=0,
+        type_vocab_size=2,
+        layer_norm_eps=1e-12,
+        **common,
     )
     assert read_config(ROBERTA_BASE) == Config(
         "roberta",
@@ -357,8 +411,16 @@ def test_published_configs():
         **common,
     )
     assert read_config(DISTILBERT_BASE) == Config(
-        "distilbert", vocab_size=30522, num_hidden_layers=6, max_position_embeddings=512, classifier_dropout=0.2, pad_token_id=0, type_vocab_size=0, layer_norm_eps=1e-12,
-        **common)  # fmt: skip
+        "distilbert",
+        vocab_size=30522,
+        num_hidden_layers=6,
+        max_position_embeddings=512,
+        classifier_dropout=0.2,
+        pad_token_id=0,
+        type_vocab_size=0,
+        layer_norm_eps=1e-12,
+        **common,
+    )
     assert [read_config(c).max_length for c in (BERT_BASE, ROBERTA_BASE, DISTILBERT_BASE)] == [512, 512, 512]
     assert read_config({**BERT_BASE, "classifier_dropout": 0.25}).classifier_dropout == 0.25
     assert read_config({**BERT_BASE, "classifier_dropout": None}).classifier_dropout == 0.1
@@ -366,8 +428,13 @@ def test_published_configs():
 
 @pytest.mark.parametrize("raw", [BERT_BASE, ROBERTA_BASE, DISTILBERT_BASE], ids=lambda raw: raw["model_type"])
 def test_nothing_is_guessed(raw):
-    optional = {"initializer_range", "position_embedding_type", "qa_dropout", "seq_classif_dropout",
-                "sinusoidal_pos_embds"}  # fmt: skip
+    optional = {
+        "initializer_range",
+        "position_embedding_type",
+        "qa_dropout",
+        "seq_classif_dropout",
+        "sinusoidal_pos_embds",
+    }
     for key in raw.keys() - optional - {"model_type"}:
         with pytest.raises(BadInput) as error:
             read_config({k: v for k, v in raw.items() if k != key}, where="folder/config.json")
@@ -376,17 +443,45 @@ def test_nothing_is_guessed(raw):
 
 HUGE = 10**400  # legal JSON, too large for a float
 BAD_VALUES = [
-    ("model_type", "gpt2"), ("model_type", None), ("model_type", ["bert"]), ("model_type", {}),
-    ("hidden_size", 0), ("hidden_size", -768), ("hidden_size", 768.0), ("hidden_size", "768"), ("hidden_size", None),
-    ("hidden_size", True), ("hidden_size", [768]), ("hidden_size", HUGE), ("hidden_size", 769),
-    ("num_attention_heads", 0), ("num_attention_heads", 7), ("num_hidden_layers", 10**6), ("vocab_size", 10**12),
-    ("max_position_embeddings", 0), ("pad_token_id", -1), ("pad_token_id", None), ("pad_token_id", 30522),
-    ("hidden_act", "tanhshrink"), ("hidden_act", 3), ("hidden_act", ["gelu"]), ("hidden_dropout_prob", 1.5),
-    ("hidden_dropout_prob", -0.1), ("hidden_dropout_prob", math.nan), ("hidden_dropout_prob", HUGE),
-    ("layer_norm_eps", "1e-12"), ("layer_norm_eps", math.inf), ("type_vocab_size", -1), ("classifier_dropout", "no"),
-    ("classifier_dropout", 2), ("initializer_range", "wide"), ("initializer_range", -1), ("initializer_range", None),
-    ("position_embedding_type", "relative_key"), ("is_decoder", True),
-]  # fmt: skip
+    ("model_type", "gpt2"),
+    ("model_type", None),
+    ("model_type", ["bert"]),
+    ("model_type", {}),
+    ("hidden_size", 0),
+    ("hidden_size", -768),
+    ("hidden_size", 768.0),
+    ("hidden_size", "768"),
+    ("hidden_size", None),
+    ("hidden_size", True),
+    ("hidden_size", [768]),
+    ("hidden_size", HUGE),
+    ("hidden_size", 769),
+    ("num_attention_heads", 0),
+    ("num_attention_heads", 7),
+    ("num_hidden_layers", 10**6),
+    ("vocab_size", 10**12),
+    ("max_position_embeddings", 0),
+    ("pad_token_id", -1),
+    ("pad_token_id", None),
+    ("pad_token_id", 30522),
+    ("hidden_act", "tanhshrink"),
+    ("hidden_act", 3),
+    ("hidden_act", ["gelu"]),
+    ("hidden_dropout_prob", 1.5),
+    ("hidden_dropout_prob", -0.1),
+    ("hidden_dropout_prob", math.nan),
+    ("hidden_dropout_prob", HUGE),
+    ("layer_norm_eps", "1e-12"),
+    ("layer_norm_eps", math.inf),
+    ("type_vocab_size", -1),
+    ("classifier_dropout", "no"),
+    ("classifier_dropout", 2),
+    ("initializer_range", "wide"),
+    ("initializer_range", -1),
+    ("initializer_range", None),
+    ("position_embedding_type", "relative_key"),
+    ("is_decoder", True),
+]
 
 
 @pytest.mark.parametrize("key, value", BAD_VALUES, ids=lambda x: repr(x)[:20])
@@ -441,8 +536,11 @@ def test_missing_and_misshapen_tensors(saved):
 def test_config_of_another_size(saved):
     folder, _, _ = saved
     raw = json.loads((folder / "config.json").read_text())
-    for key, value, name in [("num_hidden_layers", 3, "encoder.layer.2."), ("vocab_size", 62, "word_embeddings"),
-                             ("intermediate_size", 41, "intermediate.dense.weight")]:  # fmt: skip
+    for key, value, name in [
+        ("num_hidden_layers", 3, "encoder.layer.2."),
+        ("vocab_size", 62, "word_embeddings"),
+        ("intermediate_size", 41, "intermediate.dense.weight"),
+    ]:
         (folder / "config.json").write_text(json.dumps({**raw, key: value}))
         assert name in refused(folder)
 

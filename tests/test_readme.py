@@ -36,18 +36,39 @@ def world(tmp_path):
 
     def collate_tasks(rows):  # even examples are one task, odd ones the other
         pick = [rows[::2], rows[1::2]]
-        return {"tasks": [{key: torch.stack([torch.as_tensor(row[key]) for row in part]) for key in part[0]}
-                          for part in pick]}  # fmt: skip
+        return {
+            "tasks": [
+                {key: torch.stack([torch.as_tensor(row[key]) for row in part]) for key in part[0]} for part in pick
+            ]
+        }
 
-    args = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
-                             save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                             remove_unused_columns=False)  # fmt: skip
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield {
-        "model": model, "encoder": encoder, "heads": heads, "tasks": ["a", "b", "c"], "data": data, "loss": loss,
-        "micro_batches": data[:2], "batches": data[0], "device": "cpu", "scaler": torch.amp.GradScaler("cpu"),
-        "args": args, "dataset": examples, "collate_tasks": collate_tasks,
-    }  # fmt: skip
+        "model": model,
+        "encoder": encoder,
+        "heads": heads,
+        "tasks": ["a", "b", "c"],
+        "data": data,
+        "loss": loss,
+        "micro_batches": data[:2],
+        "batches": data[0],
+        "device": "cpu",
+        "scaler": torch.amp.GradScaler("cpu"),
+        "args": args,
+        "dataset": examples,
+        "collate_tasks": collate_tasks,
+    }
     dist.destroy_process_group()
 
 

@@ -69,10 +69,15 @@ def crash_at(monkeypatch, nth, where=(checkpoint, "save_state"), before=False):
 # The same end
 
 
-@pytest.mark.parametrize("flags", [
-    FLAGS, f"{FLAGS} --dropout 0.2 --optimizer sgd --seeds 0,1 --methods single,ortho", f"{FLAGS} --per-task stacked",
-    FLAGS.replace(f"--methods {METHODS}", "--continual --disjoint --dropout 0.2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        FLAGS,
+        f"{FLAGS} --dropout 0.2 --optimizer sgd --seeds 0,1 --methods single,ortho",
+        f"{FLAGS} --per-task stacked",
+        FLAGS.replace(f"--methods {METHODS}", "--continual --disjoint --dropout 0.2"),
+    ],
+)
 def test_a_crash_after_any_save_changes_nothing(run, tmp_path, flags):
     assert run(tmp_path / "whole", flags)[0] == 0
     whole = kills.kept(tmp_path / "whole")
@@ -155,8 +160,14 @@ def test_a_damaged_state_is_named_and_the_one_before_it_used(run, interrupted, t
     path = interrupted / train.STATE
     whole = path.read_bytes()
     middle = len(whole) - 100
-    path.write_bytes({"flip": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], "cut": whole[:-7],
-                      "empty": b"", "no header": bytes(len(whole))}[damage])  # fmt: skip
+    path.write_bytes(
+        {
+            "flip": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "cut": whole[:-7],
+            "empty": b"",
+            "no header": bytes(len(whole)),
+        }[damage]
+    )
     status, text, _ = run(interrupted, f"{FLAGS} --resume")
     assert status == 0 and f"NOTICE: {path}" in text and "going on from the state before it" in text
     assert run(tmp_path / "whole")[0] == 0
@@ -171,10 +182,17 @@ def test_two_damaged_states_are_an_error_and_stay(run, interrupted):
     assert (interrupted / train.STATE).read_bytes() == b"no state"
 
 
-@pytest.mark.parametrize("change, words", [
-    ("--lr 0.1", "lr was 0.0005 and is 0.1"), ("--steps 4", "steps was 3 and is 4"), ("--seeds 1", "seeds was '0'"),
-    ("--methods joint", "methods was"), ("--tasks sst2,mnli", "tasks was"), ("--clip 0.5", "clip was 1.0 and is 0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("--lr 0.1", "lr was 0.0005 and is 0.1"),
+        ("--steps 4", "steps was 3 and is 4"),
+        ("--seeds 1", "seeds was '0'"),
+        ("--methods joint", "methods was"),
+        ("--tasks sst2,mnli", "tasks was"),
+        ("--clip 0.5", "clip was 1.0 and is 0.5"),
+    ],
+)
 def test_other_settings_are_refused(run, interrupted, change, words):
     before = (interrupted / train.STATE).read_bytes()
     status, _, err = run(interrupted, f"{FLAGS} {change} --resume")

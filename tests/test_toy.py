@@ -77,12 +77,18 @@ def meaning(sentence):
 
     verbs = {w for f in toy.VERBS for pair in f for w in pair}
     (subject,), (obj,) = ([n for n in nouns if kind(n) in kinds] for kinds in (toy.SUBJECTS, toy.OBJECTS))
-    extras = {name: {w for pair in pairs for w in pair} for name, pairs in
-              (("manner", toy.MANNERS), ("place", toy.PLACES), ("time", toy.TIMES))}  # fmt: skip
+    extras = {
+        name: {w for pair in pairs for w in pair}
+        for name, pairs in (("manner", toy.MANNERS), ("place", toy.PLACES), ("time", toy.TIMES))
+    }
     return {
-        "subject": subject, "object": obj, "trait": role(lambda w: w in toy.SENSE), "verb": role(lambda w: w in verbs),
-        "never": "never" in words, **{name: role(lambda w, s=s: w in s) for name, s in extras.items()},
-    }  # fmt: skip
+        "subject": subject,
+        "object": obj,
+        "trait": role(lambda w: w in toy.SENSE),
+        "verb": role(lambda w: w in verbs),
+        "never": "never" in words,
+        **{name: role(lambda w, s=s: w in s) for name, s in extras.items()},
+    }
 
 
 def alike(a, b, reading):
@@ -240,8 +246,10 @@ def test_odd_words_by_hand():
     ]
     tokenizer = toy.train_tokenizer([text for row in corpus for text in row[:2] if text])
     ids, mask, types, odd = toy.encode(tokenizer, corpus)
-    asked = [{tokenizer.id_to_token(int(t)): int(o) for t, o in zip(*rows, strict=True) if o >= 0}
-             for rows in zip(ids, odd, strict=True)]  # fmt: skip
+    asked = [
+        {tokenizer.id_to_token(int(t)): int(o) for t, o in zip(*rows, strict=True) if o >= 0}
+        for rows in zip(ids, odd, strict=True)
+    ]
     assert asked[0] == {"[CLS]": 1, "brave": 0, "dog": 0, "bought": 1, "car": 0, "bold": 0, "sold": 1}
     assert asked[1] == {"[CLS]": 0, "dog": 0, "hound": 0} and asked[2] == {}
     assert mask.sum(1).tolist() == [17, 9, 10] and types.sum(1).tolist() == [8, 4, 0]

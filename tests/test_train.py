@@ -97,8 +97,15 @@ def test_table_and_files(finished):
     text = (out / "results.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows] == [
-        "method", rows[1].split("|")[1], "majority class", "head", "single", "joint", "pcgrad", "ortho",
-    ]  # fmt: skip
+        "method",
+        rows[1].split("|")[1],
+        "majority class",
+        "head",
+        "single",
+        "joint",
+        "pcgrad",
+        "ortho",
+    ]
     assert "two seeds" in rows[-1] and "±" in rows[-1]
     assert "layer" in text and "by task pair" in text
     timing = json.loads((out / "timing.json").read_text())
@@ -152,10 +159,19 @@ def test_it_learns(run, tmp_path):
         assert results["majority"]["sst2"]["accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("flags, blocks", [
-    ("--unit factor", ["A", "B"]), ("--unit all", ["AB"]), ("--unit factor --factors B", ["B"]), ("--sequential", None),
-    ("--factors A --combine mean --task-weights 1,2 --optimizer sgd --rslora --targets all-linear --dropout 0.1", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, blocks",
+    [
+        ("--unit factor", ["A", "B"]),
+        ("--unit all", ["AB"]),
+        ("--unit factor --factors B", ["B"]),
+        ("--sequential", None),
+        (
+            "--factors A --combine mean --task-weights 1,2 --optimizer sgd --rslora --targets all-linear --dropout 0.1",
+            None,
+        ),
+    ],
+)
 def test_options(run, tmp_path, flags, blocks):
     assert run(f"--tasks sst2,stsb --methods ortho --steps 3 {flags}")[0] == 0
     found = json.loads((tmp_path / "out/results.json").read_text())["methods"]["ortho"]["0"]["conflicts"]["blocks"]
@@ -166,8 +182,19 @@ def test_options(run, tmp_path, flags, blocks):
 
 def test_mean_is_the_sum_divided(demo):
     # With combine = mean every projected gradient is the sum's over T; heads keep theirs. One SGD step shows it.
-    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,stsb", steps=1, batch_size=4,
-                       max_length=32, dtype="fp32", optimizer="sgd", clip=0.0, warmup=0.0, lr=0.1)  # fmt: skip
+    s = train.Settings(
+        model=str(demo / "model"),
+        glue=str(demo / "glue"),
+        tasks="sst2,stsb",
+        steps=1,
+        batch_size=4,
+        max_length=32,
+        dtype="fp32",
+        optimizer="sgd",
+        clip=0.0,
+        warmup=0.0,
+        lr=0.1,
+    )
     encoder, tasks = train.prepare(s, torch.device("cpu"))
     B = {}
     for combine in ("sum", "mean"):
@@ -213,8 +240,15 @@ SGD = "--tasks sst2,mnli,stsb --steps 5 --optimizer sgd --lr 0.05 --warmup 0"  #
 compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 
 
-@pytest.mark.parametrize("flags", ["--task-weights 1,2,3", "--task-weights 1,1,2 --factors B --combine mean",
-                                   "--balance", pytest.param("--compile", marks=compiler)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--task-weights 1,2,3",
+        "--task-weights 1,1,2 --factors B --combine mean",
+        "--balance",
+        pytest.param("--compile", marks=compiler),
+    ],
+)
 def test_stacked_is_the_loop(run, tmp_path, flags):
     # The demo's encoder has no dropout, so the two must agree.
     methods = ["joint", "ortho"] if "compile" in flags else ["single", "joint", "ortho", "lori-ortho"]
@@ -279,8 +313,16 @@ def test_deterministic_is_asked_for_and_changes_nothing_on_a_cpu(run, tmp_path):
     assert all(torch.equal(one[method], two[method]) for method in methods)
 
 
-ODD = ["", " ", "word " * 10_000, "🙂🙃 👩‍👩‍👧‍👦", "שלום עולם مرحبا", "\x00\x07\x1b[31m\u202e\ufeff", "\n\t\r\n",
-       "é" * 5000]  # fmt: skip
+ODD = [
+    "",
+    " ",
+    "word " * 10_000,
+    "🙂🙃 👩‍👩‍👧‍👦",
+    "שלום עולם مرحبا",
+    "\x00\x07\x1b[31m\u202e\ufeff",
+    "\n\t\r\n",
+    "é" * 5000,
+]
 
 
 @pytest.mark.parametrize("labels", [[1] * 8, [0, 1] * 4])
@@ -333,8 +375,16 @@ class TenSteps:
 @pytest.mark.parametrize("method, more", [("joint", {}), ("ortho", {}), ("ortho", {"balance": True})])
 def test_no_step_waits_for_the_device(demo, monkeypatch, method, more, how):
     """On torch's meta device there are no numbers: whatever the host would wait for raises."""
-    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), max_length=32, tasks="sst2,mnli,stsb",
-                       batch_size=4, steps=1000, per_task=how, **more)  # fmt: skip
+    s = train.Settings(
+        model=str(demo / "model"),
+        glue=str(demo / "glue"),
+        max_length=32,
+        tasks="sst2,mnli,stsb",
+        batch_size=4,
+        steps=1000,
+        per_task=how,
+        **more,
+    )
     encoder, tasks = train.prepare(s, torch.device("cpu"))
     model = train.build(method, encoder, tasks, 0, s).to("meta")
     monkeypatch.setattr("ortholora.full_float32", lambda device: contextlib.nullcontext())  # meta has no autocast
@@ -455,8 +505,17 @@ def test_continual(run, tmp_path, flags):
 
 
 def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch, tmp_path):
-    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mnli", steps=5, batch_size=4,
-                       max_length=32, dtype="fp32", continual=True, disjoint=True)  # fmt: skip
+    s = train.Settings(
+        model=str(demo / "model"),
+        glue=str(demo / "glue"),
+        tasks="sst2,mnli",
+        steps=5,
+        batch_size=4,
+        max_length=32,
+        dtype="fp32",
+        continual=True,
+        disjoint=True,
+    )
     encoder, tasks = train.prepare(s, torch.device("cpu"))
     stages, used, merged = [], [], train.merged
 
@@ -469,8 +528,11 @@ def test_continual_keeps_earlier_entries_to_the_bit(demo, monkeypatch, tmp_path)
     monkeypatch.setattr(lori, "MaskedB", lambda model, masks: used.append(masks) or masked(model, masks))
     with open(os.devnull, "w") as log:
         train.run_sequence("lori-s", encoder, tasks, 0, s, tmp_path, log, train.tqdm(disable=True), no_progress())
-    assert all(torch.equal(load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
-               for i, t in enumerate(("sst2", "mnli")) for path in used[i])  # fmt: skip
+    assert all(
+        torch.equal(load_masks(tmp_path / "lori-s/seed0" / t)[path], used[i][path])
+        for i, t in enumerate(("sst2", "mnli"))
+        for path in used[i]
+    )
     for path, mask in used[0].items():
         before, after = stages[0][path][1], stages[-1][path][1]  # B after the first task, and after the second
         assert torch.equal(before[mask], after[mask]) and not (mask & used[1][path]).any()
@@ -531,15 +593,22 @@ def test_evaluate_needs_no_flags(finished, capsys):
     assert f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"base_model_name_or_path": None}, "give it with --model"), ({"max_length": "9" * 5000}, "--max-length '999"),
-    ({"max_length": "4"}, "takes 8 to"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"base_model_name_or_path": None}, "give it with --model"),
+        ({"max_length": "9" * 5000}, "--max-length '999"),
+        ({"max_length": "4"}, "takes 8 to"),
+    ],
+)
 def test_evaluate_of_a_strangers_adapter(finished, tmp_path, capsys, change, says):
     folder = shutil.copytree(finished[0] / "ortho/seed0/sst2", tmp_path / "adapter")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    write_safetensors(weights, read_safetensors(weights), read_header(weights)[1] | change
-                      if "max_length" in change else read_header(weights)[1])  # fmt: skip
+    write_safetensors(
+        weights,
+        read_safetensors(weights),
+        read_header(weights)[1] | change if "max_length" in change else read_header(weights)[1],
+    )
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     assert train.main(["--evaluate", str(folder)]) == 2
     err = capsys.readouterr().err.strip()
@@ -554,8 +623,10 @@ def test_peft_gives_the_tables_numbers(finished):
     examples = load_task("mnli", s["glue"], "validation")
     encoded = encode(load_tokenizer(s["model"]), examples.texts, s["max_length"])
     with torch.inference_mode():
-        predictions = [model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits.argmax().item()
-                       for ids, types in encoded]  # fmt: skip
+        predictions = [
+            model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits.argmax().item()
+            for ids, types in encoded
+        ]
     assert score("mnli", predictions, examples.labels) == results["methods"]["ortho"]["0"]["tasks"]["mnli"]
 
 
@@ -580,44 +651,47 @@ def test_submission(finished, demo, tmp_path, capsys):
 # Bad input: one clear line, exit status 2, nothing half-written
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--tasks sst3", "unknown task 'sst3'"),
-    ("--tasks sst2,sst2", "give each task once"),
-    ("--methods ortho,magic", "unknown method 'magic'"),
-    ("--targets nothing", "target 'nothing' matches no linear layer"),
-    ("--rank 0", "--rank 0"),
-    ("--batch-size 0", "--batch-size 0"),
-    ("--steps 0", "--steps 0"),
-    ("--lr nan", "--lr nan"),
-    ("--dropout 1", "--dropout 1.0"),
-    ("--seeds 0,x", "--seeds '0,x'"),
-    ("--seeds 1,1", "give each seed once"),
-    ("--task-weights 1,2,3", "2 tasks need as many weights"),
-    ("--max-length 9999", "--max-length 9999"),
-    ("--holdout 9999", "--holdout 9999"),
-    ("--tasks sst2,rte", "no task 'rte'"),
-    ("--device cuda:99", "--device cuda:99"),
-    ("--device nothing", "--device nothing"),
-    ("--submit here", "--submit needs --evaluate"),
-    ("--sparsity 1", "--sparsity 1.0 is outside"),
-    ("--sparsity -0.1", "--sparsity -0.1 is outside"),
-    ("--methods lori-s", "lori-s is made from lori-d"),
-    ("--methods lora-merged", "lora-merged is made from single"),
-    ("--continual --tasks sst2", "--continual with one task"),
-    ("--continual --methods ortho", "unknown method 'ortho'"),
-    ("--disjoint", "--disjoint needs --continual"),
-    ("--continual --disjoint --sparsity 0.3", "2 masks of --sparsity 0.3"),
-    ("--tasks sst2 --methods single,lora-merged", "nothing to merge"),
-    ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
-    ("--methods single,head --balance", "--balance: no shared adapter"),
-    ("--balance --task-weights 1,2", "leave out --task-weights"),
-    ("--balance --factors A", "--balance with --factors A"),
-    ("--glue ~nobody-of-that-name/glue", "no GLUE folder ~nobody"),
-    ("--tasks sst2,mnli,stsb --continual --disjoint --granularity tensor --sparsity 0.6666667", "3 masks of 171"),
-    ("--seeds 9223372036854775808", "2^63"),
-    ("--demo", "--demo brings its own"),
-    ("--evaluate nowhere", "--evaluate nowhere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--tasks sst3", "unknown task 'sst3'"),
+        ("--tasks sst2,sst2", "give each task once"),
+        ("--methods ortho,magic", "unknown method 'magic'"),
+        ("--targets nothing", "target 'nothing' matches no linear layer"),
+        ("--rank 0", "--rank 0"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--steps 0", "--steps 0"),
+        ("--lr nan", "--lr nan"),
+        ("--dropout 1", "--dropout 1.0"),
+        ("--seeds 0,x", "--seeds '0,x'"),
+        ("--seeds 1,1", "give each seed once"),
+        ("--task-weights 1,2,3", "2 tasks need as many weights"),
+        ("--max-length 9999", "--max-length 9999"),
+        ("--holdout 9999", "--holdout 9999"),
+        ("--tasks sst2,rte", "no task 'rte'"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--device nothing", "--device nothing"),
+        ("--submit here", "--submit needs --evaluate"),
+        ("--sparsity 1", "--sparsity 1.0 is outside"),
+        ("--sparsity -0.1", "--sparsity -0.1 is outside"),
+        ("--methods lori-s", "lori-s is made from lori-d"),
+        ("--methods lora-merged", "lora-merged is made from single"),
+        ("--continual --tasks sst2", "--continual with one task"),
+        ("--continual --methods ortho", "unknown method 'ortho'"),
+        ("--disjoint", "--disjoint needs --continual"),
+        ("--continual --disjoint --sparsity 0.3", "2 masks of --sparsity 0.3"),
+        ("--tasks sst2 --methods single,lora-merged", "nothing to merge"),
+        ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
+        ("--methods single,head --balance", "--balance: no shared adapter"),
+        ("--balance --task-weights 1,2", "leave out --task-weights"),
+        ("--balance --factors A", "--balance with --factors A"),
+        ("--glue ~nobody-of-that-name/glue", "no GLUE folder ~nobody"),
+        ("--tasks sst2,mnli,stsb --continual --disjoint --granularity tensor --sparsity 0.6666667", "3 masks of 171"),
+        ("--seeds 9223372036854775808", "2^63"),
+        ("--demo", "--demo brings its own"),
+        ("--evaluate nowhere", "--evaluate nowhere"),
+    ],
+)
 def test_bad_setting(run, tmp_path, flags, says):
     status, text, err = run("--tasks sst2,mnli --steps 2 " + flags)
     lines = err.strip().splitlines()
@@ -664,12 +738,19 @@ def unfit_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize("damage, says", [
-    (without("config.json"), "no config.json"), (without("tokenizer.json"), "no tokenizer.json"),
-    (without("model.safetensors"), "no weights"), (truncated, "model.safetensors"), (misshapen, "(3, 3)"),
-    (other_type, "model_type 'gpt5'"), (unfit_tokenizer, "does not fit the model"),
-    (lambda folder: shutil.rmtree(folder), "there is no model folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (without("config.json"), "no config.json"),
+        (without("tokenizer.json"), "no tokenizer.json"),
+        (without("model.safetensors"), "no weights"),
+        (truncated, "model.safetensors"),
+        (misshapen, "(3, 3)"),
+        (other_type, "model_type 'gpt5'"),
+        (unfit_tokenizer, "does not fit the model"),
+        (lambda folder: shutil.rmtree(folder), "there is no model folder"),
+    ],
+)
 def test_bad_model_folder(run, demo, tmp_path, damage, says):
     shutil.copytree(demo / "model", tmp_path / "model")
     damage(tmp_path / "model")
@@ -684,13 +765,16 @@ def write_rows(folder, rows, split="train"):
     (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-@pytest.mark.parametrize("rows, says", [
-    ([{"text": "a", "label": 0}], "no column 'sentence'"),
-    ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}], "label 7"),
-    ([{"sentence": "a", "label": -1}], "label -1"),
-    ([{"sentence": "a", "label": [1]}], "label [1]"),
-    ([], ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([{"text": "a", "label": 0}], "no column 'sentence'"),
+        ([{"sentence": "a", "label": 0}, {"sentence": "b", "label": 7}], "label 7"),
+        ([{"sentence": "a", "label": -1}], "label -1"),
+        ([{"sentence": "a", "label": [1]}], "label [1]"),
+        ([], ""),
+    ],
+)
 def test_bad_data(run, tmp_path, rows, says):
     write_rows(tmp_path / "glue/sst2", rows)
     write_rows(tmp_path / "glue/sst2", rows[:1], "validation")
@@ -753,6 +837,7 @@ def test_no_fallback_where_something_was_asked_for(tmp_path, flags):
 
 def test_a_stopped_fallback_says_demo(monkeypatch, tmp_path, capsys):
     """Once the Hub answers again, the bare command would be another run."""
+
     def compare(s):
         raise Stopped(2) if s.demo else HubError("no Hub")
 

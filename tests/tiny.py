@@ -18,9 +18,15 @@ def tiny(family, width=24, layers=2, heads=4, inner=40, positions=30, act="gelu"
     if family == "distilbert":
         sizes = {"dim": width, "n_layers": layers, "n_heads": heads, "hidden_dim": inner, "activation": act}
     else:
-        sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_act": act,
-                 "intermediate_size": inner, "type_vocab_size": 2 if family == "bert" else 1,
-                 "layer_norm_eps": 1e-12 if family == "bert" else 1e-5}  # fmt: skip
+        sizes = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "hidden_act": act,
+            "intermediate_size": inner,
+            "type_vocab_size": 2 if family == "bert" else 1,
+            "layer_norm_eps": 1e-12 if family == "bert" else 1e-5,
+        }
     return getattr(hf, CLASSES[family] + "Config")(**{**sizes, **others})
 
 
