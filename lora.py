@@ -6,12 +6,16 @@ Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
     ...
-    merge_lora(model)                                                      # plain nn.Linear again, W0 + scale * B A
+    {n: p for n, p in model.named_parameters() if p.requires_grad}         # to save: what is trained; or
+    tensors, config = peft_adapter(model)                                  # a folder for peft, see there; or
+    merge_lora(model).save_pretrained(folder)                              # plain nn.Linear again, W0 + scale * B A
+
+Never call `save_pretrained` with the layers still in: it loses the target layers' base weights.
+Apache-2.0; from the reference implementation of Ortho-LoRA (arXiv 2601.09684) and LoRI (arXiv 2504.07448).
 """
 
 import contextlib
 import math
-import re
 
 import torch
 from torch import nn
@@ -53,10 +57,10 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self):
         """A plain `nn.Linear` with weight W0 + scale * B A, in the base's dtype. This layer is left as it is."""
-        linear = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
-        linear.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
-        linear.bias = self.base.bias
-        return linear.train(self.training)
+        plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
+        plain.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
+        plain.bias = self.base.bias
+        return plain.train(self.training)
 
     def extra_repr(self):
         return f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
@@ -79,44 +83,45 @@ def replace_module(module, path, new):
     setattr(module.get_submodule(parent), name, new)
 
 
+def matching(module, linear, target):
+    """The paths in `linear` that `target` means, as peft has it: the whole path, its end from a dot on, all-linear."""
+    if target != "all-linear":
+        return [path for path in linear if path == target or path.endswith("." + target)]
+    output = getattr(module, "get_output_embeddings", lambda: None)()
+    heads = () if isinstance(output, nn.Module) else ("classifier", "score", "qa_outputs")
+    return [path for path, m in linear.items() if m is not output and path.split(".")[0] not in heads]
+
+
 def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslora=False):
     """Freeze `module` (give it the encoder, not the heads) and replace its target layers by `LoRALinear`.
 
-    targets: names; each `nn.Linear` whose path is one of them, or ends in "." and one of them, is replaced, as peft
-    matches; "all-linear" means every one; None means query and value under the names of the model's family.
-    layers: only these layer numbers (the first number in the path). Returns {path: LoRALinear}.
-    Raises ValueError before anything is changed: no target, a target or layer that matches nothing, a module that has
-    LoRA, a rank or dropout that LoRALinear refuses.
+    targets: names, as in peft: an `nn.Linear` is meant if its path is one of them, or ends in "." and one of them;
+    "all-linear": every one but the output layer, or else a top-level classifier, score or qa_outputs; None: query and
+    value by their family's names. layers: only these numbers, the first in a path. Returns {path: LoRALinear}.
+    Raises ValueError, changing nothing: no targets, targets or layers not found, LoRA already, a bad rank or dropout.
     """
     if isinstance(module, nn.Linear):
         raise ValueError("the module is a linear layer itself; wrap it: LoRALinear(module, r, alpha)")
+    if lora_layers(module):
+        raise ValueError("the module has LoRA layers already")
     # nn.MultiheadAttention reads its out_proj's weight and never calls it, so LoRA there would do nothing
     bypassed = nn.modules.linear.NonDynamicallyQuantizableLinear
     linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, bypassed)}
+    number = {path: next((int(n) for n in path.split(".")[:-1] if n.isdecimal()), None) for path in linear}
     names = sorted({path.rpartition(".")[2] for path in linear})
-    if lora_layers(module):
-        raise ValueError("the module has LoRA layers already")
-    if targets is None:
-        targets = next((family for family in FAMILIES if set(family) <= set(names)), None)
-        if targets is None:
-            raise ValueError(f"no query and value layers known here; give targets out of {', '.join(names) or 'none'}")
-
-    def hit(path, target):
-        return target == "all-linear" or path == target or path.endswith("." + target)
-
-    def number(path):
-        found = re.search(r"(?:^|\.)(\d+)\.", path)
-        return int(found[1]) if found else None
-
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    matched = [path for path in linear if any(hit(path, target) for target in targets)]
-    for target in targets or [""]:
-        if not any(hit(path, target) for path in matched):
+    known = next((family for family in FAMILIES if set(family) <= set(names)), None)
+    targets = known if targets is None else [targets] if isinstance(targets, str) else targets
+    if not targets:
+        raise ValueError(f"no targets given, and none known by default; there are {', '.join(names) or 'none'}")
+    matched = set()
+    for target in targets:
+        if not (paths := matching(module, linear, target)):
             raise ValueError(f"target {target!r} matches no linear layer; there are {', '.join(names) or 'none'}")
-    there = {number(path) for path in matched} - {None}
+        matched.update(paths)
+    there = {number[path] for path in matched} - {None}
     if layers is not None and not (layers and set(layers) <= there):
         raise ValueError(f"layers {sorted(layers)}: the targets are in layers {sorted(there)}")
-    chosen = [path for path in matched if layers is None or number(path) in layers]
+    chosen = [path for path in linear if path in matched and (layers is None or number[path] in layers)]
     new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
     module.requires_grad_(False)
     for path, layer in new.items():
@@ -138,18 +143,18 @@ def blocks(model, unit="tensor", factors="AB"):
     """The trainable factors as blocks for `OrthoLoRA`: what is projected as one vector.
 
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
-    factors: "A" or "B" for these alone; the other's gradients then just add up.
+    factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
-    A, B = ([getattr(layer, f) for layer in lora_layers(model).values()] if f in factors else [] for f in "AB")
-    A, B = ([p for p in found if p.requires_grad] for found in (A, B))
+    if renamed := {"role": "factor", "joint": "all"}.get(unit):
+        raise ValueError(f"unit {unit!r} is now {renamed!r}")
+    if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
+        raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
+    found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]
     if unit == "tensor":
-        return [[p] for p in lora_parameters(model) if any(p is x for x in A + B)]
-    if unit == "factor":
-        return [found for found in (A, B) if found]
-    if unit == "all":
-        return [A + B] if A + B else []
-    renamed = {"role": "; it is now called 'factor'", "joint": "; it is now called 'all'"}
-    raise ValueError(f"unknown unit {unit!r}: tensor, factor or all{renamed.get(unit, '')}")
+        found = [[p] for layer in zip(*found, strict=True) for p in layer]  # [[A1], [B1], [A2], ...]
+    elif unit == "all":
+        found = [sum(found, [])]
+    return [trained for block in found if (trained := [p for p in block if p.requires_grad])]
 
 
 @contextlib.contextmanager
@@ -188,3 +193,38 @@ def merge_lora(model):
     for path, layer in lora_layers(model).items():
         replace_module(model, path, layer.merged())
     return model
+
+
+def peft_adapter(model, prefix=""):
+    """What peft's two files hold, for any model with LoRA layers: (the tensors, the config).
+
+        tensors, config = peft_adapter(model)
+        safetensors.torch.save_file(tensors, "folder/adapter_model.safetensors", {"format": "pt"})
+        json.dump(config, open("folder/adapter_config.json", "w"))
+
+    The tensors are float32 copies. The caller adds "base_model_name_or_path", "task_type" and "modules_to_save", and a
+    head's tensors under "base_model.model." + name. prefix: where `model` stands in what peft gets, such as "bert.".
+    Never call `save_pretrained` with the layers still in, it loses base weights: save these, or `merge_lora` first.
+    Raises ValueError: no LoRA layers; some with rslora and some without; a prefix that does not end in a dot.
+    """
+    layers = {prefix + path: layer for path, layer in lora_layers(model).items()}
+    if len({layer.rslora for layer in layers.values()}) != 1:
+        raise ValueError("peft_adapter: no LoRA layers, or some with rslora and some without")
+    if prefix and not prefix.endswith("."):
+        raise ValueError(f"peft_adapter: prefix {prefix!r} must end in a dot")
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = layer.A.detach().float().contiguous().clone()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = layer.B.detach().float().contiguous().clone()
+    # A last name, as "query", stands for all modules of that name: it will do where these are just the LoRA layers.
+    # What lies outside the prefix can't be seen, but a head has no query or value, as RoBERTa's has a "dense".
+    short = {path.rpartition(".")[2] for path in layers}
+    meant = {prefix + path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
+    is_exact = meant == layers.keys() and (not prefix or any(short <= set(family) for family in FAMILIES))
+    first = next(iter(layers.values()))
+    config = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "lora_dropout": first.dropout}
+    config |= {"r": first.r, "lora_alpha": first.alpha, "use_rslora": first.rslora}
+    config["target_modules"] = sorted(short if is_exact else layers)
+    config["rank_pattern"] = {path: layer.r for path, layer in layers.items() if layer.r != first.r}
+    config["alpha_pattern"] = {path: layer.alpha for path, layer in layers.items() if layer.alpha != first.alpha}
+    return tensors, config

@@ -13,10 +13,11 @@ interference; adapters on one A with sparse masks can be trained one after the o
 
 Works on any module with `LoRALinear` layers. Masks are {path: bool (out, r)}, adapters {path: (A, B, scale)}: plain
 data. Choices that are ours, since the released code leaves them to chance: A is seeded; a mask has exactly k entries.
+Needs torch and lora.py alone (inside a package: `from .lora import`), whose `peft_adapter` is the way to save.
+Apache-2.0; from the reference implementation of Ortho-LoRA (arXiv 2601.09684) and LoRI (arXiv 2504.07448).
 """
 
 import math
-import re
 
 import torch
 from torch import nn
@@ -29,23 +30,23 @@ from lora import LoRALinear, lora_layers, replace_module
 
 
 @torch.no_grad()
-def freeze_A(model, seed, init="uniform"):
-    """Redraw every A of `model` from `seed` alone, the same on every device, and freeze it.
+def draw_A(model, seed):
+    """Redraw every A of `model` from `seed` alone, the same on every device: U(-1/sqrt(in), 1/sqrt(in)).
 
-    init: "uniform" U(-1/sqrt(in), 1/sqrt(in)), Kaiming-uniform with a = sqrt(5), as in the released code; "gaussian"
-    N(0, 1 / (3 in)), the same variance, as the paper's argument assumes. A A' is near I/3 with either.
+    That is Kaiming-uniform with a = sqrt(5), as in the released code, of variance 1 / (3 in): A A' is near I/3.
     One seed per task for adapters to be merged; one seed for all where tasks follow each other on a shared A.
     """
-    if init not in ("uniform", "gaussian"):
-        raise ValueError(f"unknown init {init!r}: uniform or gaussian")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, and apart from the global one
     for layer in layers_of(model).values():
-        A = torch.empty(layer.A.shape)  # (r, in)
-        if init == "uniform":
-            A.uniform_(-1 / math.sqrt(A.shape[1]), 1 / math.sqrt(A.shape[1]), generator=generator)
-        else:
-            A.normal_(0, 1 / math.sqrt(3 * A.shape[1]), generator=generator)
-        layer.A.copy_(A)
+        bound = 1 / math.sqrt(layer.A.shape[1])
+        A = torch.empty(layer.A.shape, dtype=torch.float32, device="cpu")  # (r, in), whatever the defaults are
+        layer.A.copy_(A.uniform_(-bound, bound, generator=generator))
+
+
+def freeze_A(model, seed):
+    """`draw_A`, and train no A any more."""
+    draw_A(model, seed)
+    for layer in layers_of(model).values():
         layer.A.requires_grad_(False).grad = None  # an optimizer that knows A would still step along its last gradient
 
 
@@ -83,55 +84,28 @@ def top_k_mask(values, k, allowed=None):
     return mask.view(values.shape)
 
 
-NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")  # of a layer, in "encoder.layer.3.attention.self.query"
-GROUPS = {  # granularity -> the name of the group that the layer at `path` is of
-    "model": lambda path: "the model",
-    "projection": lambda path: NUMBER.sub("*", path),  # query in every layer, value in every layer, ...
-    "layer": lambda path: f"layer {found[0]}" if (found := NUMBER.search(path)) else "outside the layers",
-    "tensor": lambda path: path,
-}
-
-
-def mask_sizes(model, sparsity=0.9, granularity="model"):
-    """{group: (its paths, k_g, N_g)}: what competes for a mask's entries, and how many of how many are chosen."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
-    if granularity not in GROUPS:
-        raise ValueError(f"unknown granularity {granularity!r}: {', '.join(GROUPS)}")
-    groups = {}
-    for path, layer in layers_of(model).items():
-        groups.setdefault(GROUPS[granularity](path), []).append((path, layer.B.numel()))
-    sizes = {name: (*zip(*found, strict=True),) for name, found in groups.items()}  # {group: (paths, numels)}
-    return {name: (paths, round((1 - sparsity) * sum(ns)), sum(ns)) for name, (paths, ns) in sizes.items()}
-
-
-def magnitude_masks(model, sparsity=0.9, granularity="model", exclude=None):
+def magnitude_masks(model, sparsity=0.9, exclude=None):
     """Where |B| is largest: {path: bool (out, r)}, with exactly k = round((1 - sparsity) N) entries true.
 
-    granularity: "model" compares all N entries of all B at once, so some B may get many and some none (the method);
-    "projection" (query, value, ...), "layer" and "tensor" take k_g = round((1 - sparsity) N_g) from each group alone,
-    and the total is the sum of these, which rounding can move from round((1 - sparsity) N).
+    All N entries of all B are compared with one another, so some B may get many and some none.
     exclude: masks, or a list of them, whose entries can't be used again: the new mask is disjoint. N counts them still.
-    Raises ValueError: sparsity outside [0, 1), and, naming the group: a k of 0, too few entries left, a zero B.
+    Raises ValueError: sparsity outside [0, 1), a k of 0, too few entries left, B all zero.
     """
-    sizes = mask_sizes(model, sparsity, granularity)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
     B = {path: layer.B.detach() for path, layer in layers_of(model).items()}  # (out, r) each
-    free = {path: torch.ones_like(values, dtype=torch.bool) for path, values in B.items()}
+    free = {path: torch.ones_like(b, dtype=torch.bool) for path, b in B.items()}
     for masks in [exclude] if isinstance(exclude, dict) else exclude or []:
         check_masks(model, masks)
         for path, mask in masks.items():
             free[path] &= ~mask.to(free[path].device)
-
-    chosen = {}
-    for name, (paths, k, _) in sizes.items():
-        values, allowed = (torch.cat([x[path].flatten() for path in paths]) for x in (B, free))  # (N_g,)
-        try:
-            mask = top_k_mask(values, k, allowed)
-        except ValueError as e:
-            raise ValueError(f"no mask of sparsity {sparsity} for {name}: {e}") from None
-        for path, part in zip(paths, mask.split([B[p].numel() for p in paths]), strict=True):
-            chosen[path] = part.view(B[path].shape)
-    return {path: chosen[path] for path in B}
+    values, allowed = (torch.cat([x.flatten() for x in of.values()]) for of in (B, free))  # (N,)
+    try:
+        mask = top_k_mask(values, round((1 - sparsity) * len(values)), allowed)
+    except ValueError as e:
+        raise ValueError(f"no mask of sparsity {sparsity}: {e}") from None
+    parts = mask.split([b.numel() for b in B.values()])
+    return {path: part.view_as(B[path]) for path, part in zip(B, parts, strict=True)}
 
 
 def check_masks(model, masks):
@@ -229,10 +203,8 @@ def trained_scalars(model):
 
 def adapter(model):
     """What the LoRA layers of `model` hold now, as a copy."""
-    return {
-        path: (layer.A.detach().clone(), layer.B.detach().clone(), layer.scale)
-        for path, layer in layers_of(model).items()
-    }
+    layers = layers_of(model)
+    return {path: (m.A.detach().clone(), m.B.detach().clone(), m.scale) for path, m in layers.items()}
 
 
 @torch.no_grad()
@@ -318,7 +290,7 @@ def merge(adapters, weights=None, how="cat"):
     return merged
 
 
-def interference(adapters):
+def delta_cosines(adapters):
     """Cosines between the deltas of T adapters, all layers as one vector: (T, T), float64, on the CPU.
 
     From the factors alone, <D_s, D_t> = scale_s scale_t tr(B_s' B_t A_t A_s'), with no (out, in) matrix. It vanishes

@@ -124,9 +124,7 @@ class Settings:
     balance: bool = setting(False, "scale the tasks' gradients of the adapter to one norm, for joint too")
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
     # LoRI
-    a_init: str = setting("uniform", "LoRI's frozen A: Kaiming-uniform, or Gaussian", choices=["uniform", "gaussian"])
     sparsity: float = setting(0.9, "lori-s leaves this share of B at zero")
-    granularity: str = setting("model", "what competes for lori-s's entries of B", choices=list(lori.GROUPS))
     sparse_lr: float = setting(0.0, "lori-s's learning rate for B, its heads keep --lr; 0: ten times --lr")
     own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
     merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
@@ -286,7 +284,8 @@ def check_masks_fit(encoder, tasks, s):
     if not (s.disjoint and "lori-s" in s.methods):
         return
     model = build("lori-s", encoder, tasks, 0, s)
-    for name, (_, k, n) in lori.mask_sizes(model.encoder, s.sparsity, s.granularity).items():
+    n = sum(layer.B.numel() for layer in lora.lora_layers(model.encoder).values())
+    for name, k in {"the model": round((1 - s.sparsity) * n)}.items():
         if k * len(tasks) > n:
             raise BadInput(
                 f"--disjoint: {len(tasks)} masks of {k} entries do not fit into the {n} of {name}; "
@@ -370,7 +369,7 @@ def build(method, encoder, tasks, seed, s):
     if method == "head":
         model.encoder.requires_grad_(False)
     if METHODS[method].frozen_A or (method == "single" and s.own_a):
-        lori.freeze_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()), s.a_init)
+        lori.draw_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()))
         for layer in lora.lora_layers(model.encoder).values():
             layer.A.requires_grad_(method == "single")
     if s.dtype == "bf16":
@@ -642,7 +641,7 @@ def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, d
             adapters = [adapter for adapter, _, _ in own]
             weights = [s.merge_weight or 1 / len(tasks)] * len(tasks)
             lori.insert(model.encoder, lori.merge(adapters, weights, s.merge))
-            entry["cosines"] = lori.interference(adapters).numpy().round(6).tolist()
+            entry["cosines"] = lori.delta_cosines(adapters).numpy().round(6).tolist()
             entry["adapter_parameters"] = sum(count for _, _, count in own)
             for data, (_, head, _) in zip(tasks, own, strict=True):
                 model.heads[data.name] = head
@@ -692,7 +691,7 @@ def calibrated_masks(model, adapter, s, exclude=None):
     """The masks that an adapter trained without any asks for; leaves `model` with the same A, and B = 0."""
     try:
         lori.insert(model.encoder, adapter)
-        masks = lori.magnitude_masks(model.encoder, s.sparsity, s.granularity, exclude)
+        masks = lori.magnitude_masks(model.encoder, s.sparsity, exclude)
     except ValueError as e:
         raise BadInput(f"lori-s: {e}") from None
     for layer in lora.lora_layers(model.encoder).values():

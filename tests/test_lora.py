@@ -1,34 +1,73 @@
 """lora.py against `peft`, on our encoder and on `transformers` models; and Ortho-LoRA over LoRA in foreign models."""
 
 import copy
+import json
 import math
+import warnings
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 from torch import nn
 
-from lora import LoRALinear, add_lora, blocks, lora_layers, lora_parameters, merge_lora, per_task, replace_module
+from lora import (
+    LoRALinear,
+    add_lora,
+    blocks,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    peft_adapter,
+    per_task,
+    replace_module,
+)
 from model import Encoder, read_config
 from ortholora import OrthoLoRA
 
 TARGETS = {"distilbert": ["q_lin", "v_lin"]}
 
 
-def llama(layers=2):
+def llama(layers=2, **others):
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.LlamaConfig(num_hidden_layers=layers, **sizes, **heads, **others)
     return hf.LlamaForCausalLM(config).eval()
+
+
+def vit():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    config = hf.ViTConfig(num_hidden_layers=2, num_attention_heads=4, num_labels=3, **sizes)
+    return hf.ViTForImageClassification(config).eval()
+
+
+def task_model(family):
+    """One of `transformers`' models with a head, and how to get its logits for a fixed input."""
+    g = torch.Generator().manual_seed(0)
+    if family == "llama":
+        model, inputs = llama(), {"input_ids": torch.randint(0, 31, (2, 9), generator=g)}
+    elif family == "vit":
+        model, inputs = vit(), {"pixel_values": torch.randn(2, 3, 8, 8, generator=g)}
+    else:
+        model = make(tiny(family), "ForSequenceClassification")
+        ids, mask, _ = batch(model.config)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+
+    @torch.no_grad()
+    def logits(of):
+        return of.eval()(**inputs).logits
+
+    return model, logits
+
+
+def in_peft(model):
+    """The paths at which a peft model has LoRA."""
+    found = [n for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    return {path.removeprefix("base_model.model.") for path in found}
 
 
 def randomize(layers, seed=0):
@@ -127,11 +166,7 @@ def adapted(family, targets, layers=None):
     reference = make(tiny(family, layers=3))
     config = peft.LoraConfig(target_modules=targets, layers_to_transform=layers)
     wrapped = peft.get_peft_model(copy.deepcopy(reference), config)
-    theirs = {
-        n.removeprefix("base_model.model.")
-        for n, m in wrapped.named_modules()
-        if isinstance(m, peft.tuners.lora.Linear)
-    }
+    theirs = in_peft(wrapped)
     ours = add_lora(reference, targets, layers=layers)
     assert set(lora_layers(reference)) == set(ours)
     encoder = Encoder(read_config(reference.config.to_dict()), pooler=hasattr(reference, "pooler"))
@@ -142,11 +177,9 @@ def adapted(family, targets, layers=None):
 @pytest.mark.parametrize("layers", [None, [1], [0, 2]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_targets_match_as_in_peft(family, layers):
-    sets = (
-        [["q_lin"], ["lin1", "out_lin"], ["attention.v_lin"]]
-        if family == "distilbert"
-        else [["query"], ["dense", "key"], ["output.dense"], ["attention.output.dense", "value"]]
-    )
+    sets = [["query"], ["dense", "key"], ["output.dense"], ["attention.output.dense", "value"]]
+    if family == "distilbert":
+        sets = [["q_lin"], ["lin1", "out_lin"], ["attention.v_lin"]]
     for targets in sets:
         theirs, ours = adapted(family, targets, layers)
         assert theirs == ours and len(ours) >= len(targets) * len(layers or [0, 1, 2])
@@ -158,6 +191,34 @@ def test_all_linear_and_whole_paths(family):
     assert theirs == ours and len(ours) == 18 + (family != "distilbert")  # six a layer, and the pooler
     path = "transformer.layer.1.ffn.lin2" if family == "distilbert" else "encoder.layer.1.output.dense"
     assert adapted(family, [path]) == ({path}, {path})
+
+
+@pytest.mark.parametrize("family, count", [("llama", 14), ("bert", 13), ("vit", 12)])
+def test_all_linear_leaves_the_head_alone_as_peft_does(family, count):
+    """Two layers of seven, of six and of six; BERT's pooler is no head."""
+    model, _ = task_model(family)
+    kind = None if family == "llama" else "SEQ_CLS"  # without it peft takes a classifier, too
+    config = peft.LoraConfig(target_modules="all-linear", task_type=kind)
+    theirs = in_peft(peft.get_peft_model(copy.deepcopy(model), config))
+    assert add_lora(model, "all-linear").keys() == theirs and len(theirs) == count
+
+
+def test_all_linear_knows_heads_by_their_place():
+    """Top-level only; what `get_output_embeddings` returns goes before the names; a name can still be asked for."""
+
+    class Model(nn.Module):
+        def __init__(self, output=None):
+            super().__init__()
+            self.body = nn.ModuleDict({"classifier": nn.Linear(2, 2)})
+            self.score = nn.ModuleList([nn.Linear(2, 2)])
+            self.qa_outputs, self.out = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.get_output_embeddings = lambda: output and getattr(self, output)
+
+    assert add_lora(Model(), "all-linear").keys() == {"body.classifier", "out"}
+    assert add_lora(Model("out"), "all-linear").keys() == {"body.classifier", "score.0", "qa_outputs"}
+    assert add_lora(Model(), ["all-linear", "qa_outputs"]).keys() == {"body.classifier", "qa_outputs", "out"}
+    with pytest.raises(ValueError, match="'all-linear' matches no linear layer; there are classifier"):
+        add_lora(nn.ModuleDict({"classifier": nn.Linear(2, 2)}), "all-linear")
 
 
 def test_default_targets():
@@ -223,16 +284,11 @@ def test_same_factors_same_logits_as_peft(family, rslora):
 
 
 BAD_TARGETS = [
-    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]),
-    ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
-    ({"targets": ["uery"]}, ["'uery'"]),
-    ({"targets": []}, ["query"]),
-    ({"targets": ""}, ["query"]),
-    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]),
-    ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
-    ({"layers": []}, ["[]", "[0, 1]"]),
-    ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
-]
+    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]), ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
+    ({"targets": ["uery"]}, ["'uery'"]), ({"targets": []}, ["query"]), ({"targets": ""}, ["query"]),
+    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]), ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
+    ({"layers": []}, ["[]", "[0, 1]"]), ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments, words", BAD_TARGETS, ids=str)
@@ -256,7 +312,7 @@ def test_unknown_family_needs_targets():
         add_lora(model)
     assert "0, 2" in one_line(error)
     assert set(add_lora(model, ["2"])) == {"2"}
-    with pytest.raises(ValueError, match="out of none"):
+    with pytest.raises(ValueError, match="there are none"):
         add_lora(nn.ReLU())
 
 
@@ -292,21 +348,36 @@ def test_blocks():
     each = [p for pair in zip(A, B, strict=True) for p in pair]
     assert same([lora_parameters(model)], [each])
     assert same(blocks(model), [[p] for p in each]) and same(blocks(model, "tensor"), blocks(model))
-    assert same(blocks(model, "role"), [A, B]) and same(blocks(model, "joint"), [A + B])
+    assert same(blocks(model, "factor"), [A, B]) and same(blocks(model, "all"), [A + B])
+    for name, some in (("A", A), ("B", B)):
+        assert same(blocks(model, factors=name), [[p] for p in some])
+        assert same(blocks(model, "factor", name), [some]) and same(blocks(model, "all", name), [some])
 
     two.A.requires_grad_(False)  # a frozen factor is in no block
     A.pop(1)
     each.pop(2)
     assert same(blocks(model), [[p] for p in each])
-    assert same(blocks(model, "role"), [A, B]) and same(blocks(model, "joint"), [A + B])
+    assert same(blocks(model, "factor"), [A, B]) and same(blocks(model, "all"), [A + B])
+    assert same(blocks(model, factors="A"), [[p] for p in A])
     for p in A:
         p.requires_grad_(False)
-    assert same(blocks(model, "role"), [B]) and same(blocks(model, "joint"), [B])
+    assert same(blocks(model, "factor"), [B]) and same(blocks(model, "all"), [B])
+    units = ("tensor", "factor", "all")
+    assert [blocks(model, unit, "A") for unit in units] == [[], [], []]
     for p in B:
         p.requires_grad_(False)
-    assert blocks(model) == blocks(model, "role") == blocks(model, "joint") == []
-    with pytest.raises(ValueError, match="'layer'"):
-        blocks(model, "layer")
+    assert [blocks(model, unit) for unit in units] == [[], [], []]
+    assert [blocks(nn.Linear(2, 2), unit) for unit in units] == [[], [], []]  # nor is there one without LoRA
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["role"], "unit 'role' is now 'factor'"), (["joint"], "unit 'joint' is now 'all'"), (["layer"], "'layer'"),
+    (["tensor", "C"], "'C'"), (["all", ""], "''"), (["factor", "BA"], "'BA'"), (["tensor", ["A"]], "['A']"),
+])  # fmt: skip
+def test_blocks_refuses(arguments, words):
+    with pytest.raises(ValueError) as error:
+        blocks(llama(), *arguments)
+    assert words in one_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,9 +430,8 @@ def test_per_task_of_rows_without_a_length_and_of_other_dtypes():
     assert y.dtype == torch.bfloat16 and grads[layer.B].grad.dtype == layer.B.dtype == torch.float32
     # dL/dB = scale * sum over rows of 1 (A x)'
     for t, rows in enumerate(x.split(2)):
-        torch.testing.assert_close(
-            grads[layer.B].grad[t], (rows.float() @ layer.A.T).sum(0).expand(5, 2), rtol=2e-2, atol=2e-2
-        )
+        expected = (rows.float() @ layer.A.T).sum(0).expand(5, 2)
+        torch.testing.assert_close(grads[layer.B].grad[t], expected, rtol=2e-2, atol=2e-2)
 
 
 def test_per_task_ends_with_its_block():
@@ -372,6 +442,174 @@ def test_per_task_ends_with_its_block():
     assert layer.tasks is None
     module(torch.ones(5, 4)).sum().backward()
     assert layer.B.grad is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def load_in_peft(base, folder, tensors, config):
+    """Write the two files, and let peft put them on a copy of `base`. It warns of what is missing: an error here."""
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+
+
+SEVEN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+IN_PEFT = [  # family, targets, what target_modules says: None for whole paths
+    ("llama", SEVEN, SEVEN),
+    ("llama", "all-linear", SEVEN),
+    ("llama", ["mlp.up_proj", "lm_head"], ["lm_head", "up_proj"]),
+    ("bert", None, ["query", "value"]),
+    ("bert", "all-linear", ["dense", "key", "query", "value"]),
+    ("bert", ["attention.output.dense", "key"], None),
+    ("vit", None, ["q_proj", "v_proj"]),
+    ("vit", "all-linear", ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]),
+    ("roberta", None, ["query", "value"]),
+    ("roberta", "all-linear", None),
+    ("distilbert", None, ["q_lin", "v_lin"]),
+]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family, targets, names", IN_PEFT, ids=str)
+def test_peft_loads_the_adapter(family, targets, names, rslora, tmp_path):
+    model, logits = task_model(family)
+    base, before = copy.deepcopy(model), logits(model)
+    layers = add_lora(model, targets, r=3, alpha=7, dropout=0.25, rslora=rslora)
+    randomize(layers)
+    tensors, config = peft_adapter(model)
+    assert config["target_modules"] == (names or sorted(layers))
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    theirs = load_in_peft(base, tmp_path, tensors, config)
+    assert in_peft(theirs) == layers.keys()
+    assert (logits(model) - before).abs().max() > 1e-2  # the adapter does something
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+
+    mine = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)  # what peft itself would write
+    assert mine.keys() == tensors.keys() and all(torch.equal(mine[name], tensors[name]) for name in mine)
+    read = theirs.peft_config["default"]
+    assert (read.r, read.lora_alpha, read.lora_dropout, read.use_rslora, read.bias) == (3, 7, 0.25, rslora, "none")
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["dense", "lin2"], ["query", "q_lin", "value"]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_an_encoder_s_adapter_into_a_task_model(family, targets, tmp_path):
+    """Of the task model only the encoder is seen: RoBERTa's classifier.dense must not be meant by "dense"."""
+    if isinstance(targets, list):
+        there = {path.rpartition(".")[2] for path, _ in make(tiny(family)).named_modules()}
+        targets = [name for name in targets if name in there]
+    model, logits = task_model(family)
+    base, prefix = copy.deepcopy(model), model.base_model_prefix + "."
+    layers = add_lora(model.base_model, targets, r=3, alpha=7)
+    randomize(layers)
+    tensors, config = peft_adapter(model.base_model, prefix)
+    theirs = load_in_peft(base, tmp_path, tensors, config)
+    assert in_peft(theirs) == {prefix + path for path in layers}
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+    last = {path.rpartition(".")[2] for path in layers}
+    is_short = last <= {"query", "value", "q_lin", "v_lin"}
+    assert config["target_modules"] == sorted(last if is_short else (prefix + path for path in layers))
+
+    # with the trained head beside it, as a sequence classifier's adapter is kept
+    heads = {n: p for n, p in model.state_dict().items() if not n.startswith(prefix)}
+    tensors |= {"base_model.model." + name: 2 * tensor for name, tensor in heads.items()}
+    saved = sorted({name.split(".")[0] for name in heads})
+    theirs = load_in_peft(base, tmp_path, tensors, {**config, "task_type": "SEQ_CLS", "modules_to_save": saved})
+    model.load_state_dict({name: 2 * tensor for name, tensor in heads.items()}, strict=False)
+    assert in_peft(theirs) == {prefix + path for path in layers}
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_by_layer(rslora, tmp_path):
+    model, logits = task_model("llama")
+    base = copy.deepcopy(model)
+    for i, (path, layer) in enumerate(add_lora(model, ["q_proj", "down_proj"], r=4, alpha=8).items()):
+        replace_module(model, path, LoRALinear(layer.base, (4, 2, 4, 6)[i], (8, 8, 3, 5)[i], rslora=rslora))
+    randomize(lora_layers(model))
+    tensors, config = peft_adapter(model)
+    paths = list(lora_layers(model))
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, rslora)
+    assert config["rank_pattern"] == {paths[1]: 2, paths[3]: 6} and config["alpha_pattern"] == {
+        paths[2]: 3,
+        paths[3]: 5,
+    }
+    torch.testing.assert_close(logits(load_in_peft(base, tmp_path, tensors, config)), logits(model), rtol=0, atol=1e-5)
+    tensors, config = peft_adapter(model.model, "model.")  # the patterns' keys get the prefix as well
+    torch.testing.assert_close(logits(load_in_peft(base, tmp_path, tensors, config)), logits(model), rtol=0, atol=1e-5)
+
+
+def test_the_adapter_s_tensors_are_copies_to_save(tmp_path):
+    """float32 whatever the base is, contiguous, and no part of the model."""
+    module = nn.ModuleDict({"q": nn.Linear(6, 5, dtype=torch.float64)})
+    layer = add_lora(module, ["q"], r=2)["q"]
+    layer.A = nn.Parameter(torch.randn(6, 2, dtype=torch.float64).T)
+    for _ in range(2):  # transposed and float64, then as it mostly is: contiguous and float32
+        tensors, config = peft_adapter(module)
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        assert all(t.dtype == torch.float32 and t.is_contiguous() and not t.requires_grad for t in tensors.values())
+        torch.testing.assert_close(
+            tensors["base_model.model.q.lora_A.weight"], layer.A.detach().float(), rtol=0, atol=0
+        )
+        with torch.no_grad():
+            layer.A.add_(1)
+            layer.B.add_(1)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+        layer.A = nn.Parameter(layer.A.detach().contiguous())
+        module.float()
+    assert json.loads(json.dumps(config)) == config and config["target_modules"] == ["q"]
+
+
+def test_short_names_are_those_of_lora_layers_alone():
+    """peft matches by name whatever a module is, an embedding too."""
+    module = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"q": nn.Embedding(2, 2)})})
+    add_lora(module, ["q"])
+    assert peft_adapter(module)[1]["target_modules"] == ["a.q"]
+
+
+def test_peft_adapter_refuses():
+    model = llama()
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        peft_adapter(model)
+    path, layer = next(iter(add_lora(model).items()))
+    with pytest.raises(ValueError, match="'model' must end in a dot"):
+        peft_adapter(model.model, "model")
+    replace_module(model, path, LoRALinear(layer.base, 8, 16, rslora=True))
+    with pytest.raises(ValueError, match="some with rslora and some without"):
+        peft_adapter(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "llama", "tied llama"])
+def test_a_merged_model_is_saved_whole(family, tmp_path):
+    model, logits = task_model(family.removeprefix("tied "))
+    if family == "tied llama":
+        model = llama(tie_word_embeddings=True)
+    before, names = logits(model), list(model.state_dict())
+    randomize(add_lora(model, "all-linear", r=3))
+    expected = logits(model)
+    merge_lora(model).save_pretrained(tmp_path)
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()) and list(again.state_dict()) == names
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
+    if family == "tied llama":
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_what_trains_is_enough_to_save(tmp_path):
+    """The docstring's first way: the trained parameters, heads too, into a model that is built and adapted again."""
+    model, logits = task_model("bert")
+    randomize(add_lora(model.base_model, r=3))
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    torch.save({n: p for n, p in model.named_parameters() if p.requires_grad}, tmp_path / "trained")
+    again, _ = task_model("bert")
+    add_lora(again.base_model, r=3)
+    assert not again.load_state_dict(torch.load(tmp_path / "trained", weights_only=True), strict=False).unexpected_keys
+    assert torch.equal(logits(again), logits(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
