@@ -8,13 +8,8 @@ and the optimizer gets sum_i v_i. The method: arXiv 2601.09684; the rule: PCGrad
 
 This file needs torch alone and is meant to be pasted. It reads in three steps: `project_conflicting` is the textbook,
 `projection_coefficients` the same for all blocks at once, `OrthoLoRA` the bookkeeping around `loss.backward()`.
+Apache-2.0, from "Ortho-LoRA and LoRI: a reference implementation", whose test_ortholora.py specifies it.
 """
-
-import contextlib
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
 
 import torch
 
@@ -40,130 +35,128 @@ def project_conflicting(grads, order, sequential=False):
 def projection_coefficients(gram, order):
     """The same in coefficient space: every v_i is a combination of the original gradients, v_i = sum_j C_ij g_j.
 
-    gram: (blocks, T, T), gram_ij = <g_i, g_j>. order: (T, T - 1), as above, for all blocks. Returns C, (blocks, T, T)
-    in float32 or better. All blocks and all tasks i move together, so this takes T - 1 dependent steps and never looks
-    at a number on the host. With no conflict C is exactly the identity.
+    gram: (blocks, T, T), gram_ij = <g_i, g_j>. order: (T, T - 1) as above, or (T, 0): nobody meets anybody. Returns C,
+    (blocks, T, T) in float32 or better, C_ii = 1, C_ij >= 0, with no conflict exactly the identity. All blocks and all
+    tasks i move together, so this takes T - 1 dependent steps and never looks at a number on the host.
     """
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    order = torch.as_tensor(order, device=gram.device)
-    sizes = gram.diagonal(dim1=1, dim2=2)[..., None]  # (blocks, T, 1): |g_j|^2
-    turn = -gram / torch.where(sizes > 0, sizes, torch.inf)  # (blocks, T, T): -<g_j, g_k> / |g_j|^2, 0 for a zero g_j
+    sizes = gram.diagonal(dim1=1, dim2=2)[:, None]  # (blocks, 1, T): |g_j|^2
+    c_g = -gram / torch.where(sizes > 0, sizes, torch.inf)  # (blocks, T, T): -<g_i, g_j> / |g_j|^2, 0 for a zero g_j
+    c_v = c_g.clone()  # the same for v_i, which begins as g_i
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
-    places = order.expand(len(gram), -1, -1).split(1, dim=2)  # (blocks, T, 1) each
-    for j, place in zip(order.unbind(1), places, strict=False):  # j: (T,), the task that each i meets now; T = 1: none
-        c = (C * turn.index_select(1, j)).sum(2, keepdim=True)  # (blocks, T, 1): -<v_i, g_j> / |g_j|^2
-        C.scatter_(2, place, c.clamp_(min=0))
+    for j in torch.as_tensor(order, dtype=torch.long, device=gram.device).unbind(1):  # (T,): whom each i meets now
+        place = j.expand(len(gram), -1)[..., None]  # (blocks, T, 1)
+        c = c_v.gather(2, place).clamp_(min=0)
+        C.scatter_(2, place, c)  # v_i += c g_j
+        c_v.addcmul_(c, c_g[:, j])
     return C
 
 
-def balancing_scales(gram):
-    """s_i = mean_j |g_j| / |g_i|, so that every s_i g_i has the same norm over all blocks: (blocks, T, T) -> (T,).
+def sequential_coefficients(gram, order):
+    """C where v_i meets v_j, not g_j: pair by pair. A v_j that is only rounding error beside its g_j counts as zero."""
+    C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+    noise = 100 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2)  # (blocks, T)
+    for i, others in enumerate(order.tolist()):
+        for j in others:
+            along = (gram * C[:, j, None]).sum(2)  # (blocks, T): <g_k, v_j>
+            dot, size = (C[:, i] * along).sum(1), (C[:, j] * along).sum(1)  # (blocks,): <v_i, v_j>, |v_j|^2
+            c = -dot / torch.where(size > noise[:, j], size, torch.inf)
+            C[:, i] += c.clamp_(min=0)[:, None] * C[:, j]
+    return C
 
-    Not in the paper. Without it a task moves the adapter as far as its gradient is long, and one with short gradients
-    is drowned by the others, in conflict or not. v_i grows with the length of g_i and ignores that of the other g_j, so
-    scaling the gradients before the projection, or what it made of them, is the same.
+
+def gram_matrix(grads):
+    """<g_i, g_j> in each block, (k, T, n) -> (k, T, T), in float64: neither autocast nor TF32 touches it, and no square
+    of a float32 over- or underflows. Summed over pieces of n, so that grads is never copied whole."""
+    k, T, n = grads.shape
+    dtype = torch.float32 if grads.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    gram = torch.zeros(k, T, T, dtype=dtype, device=grads.device)
+    room = torch.empty(k, T, min(n, max(64, 2**18 // (k * T))), dtype=dtype, device=grads.device)  # 2 MiB, in the cache
+    for piece in grads.split(room.shape[2], dim=2):
+        g = room[..., : piece.shape[2]].copy_(piece)
+        gram.baddbmm_(g, g.mT)  # in place, which autocast leaves alone in float32, too
+    return gram
+
+
+def balance(rows):
+    """Scale every task's row of `OrthoLoRA.rows`, (T, P), in place to the mean norm of the tasks that have a gradient.
+
+    For between `collect` and `project`. Ours, not the paper's: without it a task moves the adapter as far as its
+    gradient is long, and one with short gradients is drowned by the others, in conflict or not. A zero row stays zero
+    and is not in the mean. Waits for nothing.
     """
-    norms = gram.diagonal(dim1=1, dim2=2).sum(0).sqrt()  # (T,)
-    return norms.mean() / torch.where(norms > 0, norms, torch.inf)  # 0 for a zero gradient
+    norms = gram_matrix(rows[:, None])[:, 0, 0].sqrt()  # (T,), as T blocks of one task
+    scales = norms.sum() / norms.count_nonzero().clamp(min=1) / torch.where(norms == 0, 1.0, norms)
+    rows *= scales.clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype)[:, None]
 
 
-def combine(grads, weights, out=None, clear=False):
-    """sum_j w_j g_j from first to last, (k, T, n) and (k, T) -> (k, n). Weights of 1 give the plain sum, to the bit.
-
-    clear: set each g_j to zero once it has been read, while it is still in the processor's cache.
-    """
-    for j, (g, w) in enumerate(zip(grads.unbind(1), weights[..., None].unbind(1), strict=True)):  # (k, n), (k, 1)
-        out = torch.mul(g, w, out=out) if j == 0 else out.addcmul_(g, w)
-        if clear:
-            g.zero_()
-    return out
-
-
-@contextlib.contextmanager
-def full_float32(device):
-    """Products of float32 in float32: no autocast, no TF32 or bf16 shortcut (whose switches are process-wide)."""
-    device = torch.device(device).type
-    backend = torch.backends.cuda.matmul if device == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
-    if hasattr(backend, "fp32_precision"):  # torch >= 2.9; before, one switch for all
-        before, full, switch = backend.fp32_precision, "ieee", partial(setattr, backend, "fp32_precision")
-    else:
-        before, full, switch = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
-    shortcut = before not in ("none", full)
-    if shortcut:
-        switch(full)
-    try:
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-            yield
-    finally:
-        if shortcut:
-            switch(before)
-
-
-def removed_squares(gram, C):
-    """|v_i - g_i|^2, out of v_i - g_i = sum_j D_ij g_j with D = C - 1: (blocks, T, T) twice -> (blocks, T)."""
-    D = C - torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
-    with full_float32(C.device):
-        return ((D @ gram) * D).sum(2)
-
-
-@dataclass
 class Conflicts:
     """What one `project()` saw, worked out when asked, on the device, where it stays until someone reads it. T tasks.
 
-    cosines    (blocks, T, T)  of the original gradients; 0 where one of the two is zero
-    conflicts  (blocks, T, T)  bool: cosine < 0, so the diagonal is false
-    removed    (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
-    finite     (blocks, T)     bool: |g_i|^2 is finite in float32, so no NaN, no infinity, no norm beyond 1.8e19
-    parameters [[tensor]]      the blocks themselves, for names in messages
+    cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
+    conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
+    removed   (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
+    finite    (blocks, T)     bool: no NaN and no infinity in g_i; what is not finite counts as 0 above
+    weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
+                              projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
+    effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
+    rate      ()              the share of pairs i < j in conflict, of those that both have a gradient; 0 without any
 
-    Read `finite`, or call `check`, before you trust the others: what is not finite counts as 0 there.
+    Read `finite`, or call `check`, before you trust the others. Blocks are in the caller's order.
     """
 
-    gram: torch.Tensor  # (blocks, T, T), in the buffer's order
-    gone: Callable  # () -> (blocks, T): |g_i - v_i|^2
-    places: torch.Tensor  # (blocks,): where each of the caller's blocks is in these
-    parameters: list
+    def __init__(self, gram, C, blocks):
+        self.gram, self.C, self.blocks = gram, C, blocks  # <g_i, g_j>; v_i = sum_j C_ij g_j; the parameters, for names
+        self.sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
+        self.finite, self.weights = self.sizes.isfinite(), C.sum(1)
 
-    @cached_property
+    def __repr__(self):
+        return f"Conflicts(blocks={len(self.C)}, tasks={self.C.shape[1]}, device={str(self.C.device)!r})"
+
+    @property
     def cosines(self):
-        norms = self._sizes.sqrt()
-        return (self.gram[self.places] / (norms[:, :, None] * norms[:, None, :])).nan_to_num(0.0, 0.0, 0.0)
+        norms = self.sizes.sqrt()
+        return (self.gram / (norms[:, :, None] * norms[:, None])).nan_to_num(0.0, 0.0, 0.0)
 
-    @cached_property
+    @property
     def conflicts(self):
         return self.cosines < 0
 
-    @cached_property
+    @property
     def removed(self):
-        return (self.gone()[self.places].clamp(min=0) / self._sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
+        D = self.C - torch.eye(self.C.shape[1], dtype=self.C.dtype, device=self.C.device)  # v_i - g_i = sum_j D_ij g_j
+        squares = (torch.zeros_like(D).baddbmm_(D, self.gram) * D).sum(2)  # in place, as in gram_matrix
+        return (squares.clamp(min=0) / self.sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
 
-    @cached_property
-    def finite(self):
-        return self._sizes.isfinite()
+    @property
+    def effective(self):
+        moved, sizes = (self.weights.square() * self.sizes).sum(0), self.sizes.sum(0)
+        return torch.where(sizes == 0, 1.0, (moved / sizes).sqrt())
 
-    @cached_property
-    def _sizes(self):
-        return self.gram.diagonal(dim1=1, dim2=2)[self.places]  # (blocks, T): |g_i|^2
+    @property
+    def rate(self):
+        present = self.finite & (self.sizes > 0)
+        pairs = (present[:, :, None] & present[:, None]).triu(1)
+        return (self.conflicts & pairs).sum() / pairs.sum().clamp(min=1)
 
     def check(self, model=None, tasks=None):
         """Raise FloatingPointError if a gradient was not finite, naming task and parameter (by name, given the model).
 
-        This reads from the device, so it waits for it: call it when you log, not at every step. (With GradScaler a step
-        that overflows is nothing unusual: check where `scaler.get_scale()` keeps falling.)
+        It waits for the device, so call it when you log. With GradScaler, which skips such steps, they are usual.
         """
         bad = (~self.finite).nonzero()
         if len(bad):
             block, task = bad[0].tolist()
             names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-            block_parameters = [names.get(id(p), f"a tensor {tuple(p.shape)}") for p in self.parameters[block]]
-            where = f"block {block}: {', '.join(block_parameters[:3])}{', …' * (len(block_parameters) > 3)}"
+            found = [names.get(id(p), f"a tensor {tuple(p.shape)}") for p in self.blocks[block]]
+            where = f"block {block}: {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
             raise FloatingPointError(f"the gradient of task {tasks[task] if tasks else task} is not finite in {where}")
 
 
 class OrthoLoRA:
     """Per-task gradients in, one projected gradient out.
 
-        ortho = OrthoLoRA(blocks, num_tasks=len(tasks))
+        ortho = OrthoLoRA(blocks, num_tasks=len(tasks))  # where the optimizer is made, last
         for each step:
             optimizer.zero_grad()
             for t in range(len(tasks)):
@@ -173,149 +166,145 @@ class OrthoLoRA:
             optimizer.step()
 
     blocks: a list of lists of parameters. The tensors of one inner list are projected as one vector, so the unit of
-    projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] is by role, [[everything]]
-    is PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
-    weights: one number per task, g_t = w_t dL_t in the blocks (default 1). generator: draws the order, on the CPU.
-    sequential: hold v_i against v_j, not g_j; only for comparison, it runs the textbook block by block.
-    balance: write sum_i s_i v_i, s_i of `balancing_scales`, which leaves no say to `weights` but in the scale of all.
-    surgery=False: project nothing, v_i = g_i; to balance alone, or to watch the conflicts of joint training.
+    projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] by factor, [[everything]]
+    PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
+    weights: one number per task, g_t = w_t dL_t in the blocks (default 1); may be changed later. generator: draws the
+    order, on the CPU; by default one of its own, seeded 0, so that every process draws the same. sequential: hold v_i
+    against v_j, not g_j; only for comparison. `rows` (T, P) may be averaged, or rescaled, before `project`.
     """
 
-    def __init__(
-        self, blocks, num_tasks, *, weights=None, generator=None, sequential=False, balance=False, surgery=True
-    ):
+    def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False):
+        blocks = list(blocks)
+        if any(isinstance(block, torch.Tensor) for block in blocks):
+            raise ValueError("OrthoLoRA: blocks is a list of lists: [[p] for p in parameters]")
         self.blocks = [list(block) for block in blocks]
         parameters = [p for block in self.blocks for p in block]
         if not parameters or not all(self.blocks):
             raise ValueError("OrthoLoRA: there is no parameter to project in blocks (or in one of them)")
         if len({id(p) for p in parameters}) < len(parameters):
             raise ValueError("OrthoLoRA: a parameter is in more than one block")
+        if any(hasattr(p, "device_mesh") for p in parameters):
+            raise ValueError("OrthoLoRA: a parameter in blocks is sharded, a DTensor; see FSDP2 in docs/recipes.md")
         if not all(p.is_leaf and p.requires_grad for p in parameters):
             raise ValueError("OrthoLoRA: a tensor in blocks never gets a .grad: it is frozen, or computed from others")
         if len({p.device for p in parameters}) > 1:
             raise ValueError("OrthoLoRA: the parameters in blocks are on several devices")
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
-        self.num_tasks, self.generator, self.sequential = num_tasks, generator, sequential
-        self.balance, self.surgery = balance, surgery
-        others = [[j for j in range(num_tasks) if j != i] for i in range(num_tasks)]
-        self.others = torch.tensor(others, dtype=torch.long, device="cpu")  # (T, T - 1)
+        self.num_tasks, self.sequential = num_tasks, sequential
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
+        self.generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-        # One buffer holds every task's gradient. Blocks of one size lie side by side in it, so that k blocks of n are
-        # one view (k, T, n): blocks of sizes 6, 2, 6 lie as 2, 6, 6, which is (1, T, 2) and (2, T, 6). Within a size,
-        # blocks of one shape come together, so that their parameters are one view, too.
+        # Blocks of one size lie side by side in rows, so that k blocks of n numbers are one view (k, T, n): blocks of
+        # sizes 6, 2, 6 lie as 2, 6, 6, which is (1, T, 2) and (2, T, 6).
         sizes = [sum(p.numel() for p in block) for block in self.blocks]
-        layout = sorted(range(len(sizes)), key=lambda b: (sizes[b], [p.shape for p in self.blocks[b]]))
-        by_size = [(sizes.count(n), n) for n in sorted(set(sizes))]
-        parts = [k * n for k, n in by_size]
-        self.places = torch.tensor(layout, device=parameters[0].device).argsort()
+        layout = sorted(range(len(sizes)), key=lambda b: sizes[b])
+        self.groups = [(sizes.count(n), n) for n in sorted(set(sizes))]  # k blocks of n
         self.parameters = [p for b in layout for p in self.blocks[b]]
-        self.runs = [(len(list(run)), shape) for shape, run in itertools.groupby(p.shape for p in self.parameters)]
-        dtype = torch.float32
-        for p in parameters:
-            dtype = torch.promote_types(dtype, p.dtype)
+        self.dtypes = [p.dtype for p in self.parameters]
+        dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
-        self.weights_column = self.rows.new_tensor(self.weights)[:, None]  # (T, 1)
-        self.views = [self._per_parameter(row) for row in self.rows]
-        self.stacks = [
-            part.unflatten(1, kn).transpose(0, 1)  # (k, T, n) for each size of block
-            for part, kn in zip(self.rows.split(parts, 1), by_size, strict=True)
-        ]
-        self.update = self.rows.new_zeros(sum(sizes))  # (P,): what project() writes, each .grad a view of it
-        exact = self._per_parameter(self.update)
-        self.grads = [g.to(p.dtype) for g, p in zip(exact, self.parameters, strict=True)]  # or a copy in p's dtype
-        self.cast = [pair for pair in zip(self.grads, exact, strict=True) if pair[0] is not pair[1]]
-        self.sums = [part.view(kn) for part, kn in zip(self.update.split(parts), by_size, strict=True)]  # (k, n)
+        self.places = torch.tensor(layout, device=self.rows.device).argsort()  # of the caller's blocks in rows
 
-    def _per_parameter(self, row):
-        """A vector (P,) as one view per parameter."""
-        parts = row.split([count * shape.numel() for count, shape in self.runs])
-        views = [part.view(count, *shape).unbind() for part, (count, shape) in zip(parts, self.runs, strict=True)]
-        return list(itertools.chain(*views))
+    def __setstate__(self, state):
+        vars(self).update(state, rows=state["rows"].clone())  # not the memory of the process that sent it
 
-    @torch.no_grad()
+    def _per_parameter(self, row):  # (P,) -> a view for each parameter
+        parts = row.split([p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
+
+    def _per_size(self, x):  # (..., P) -> a view (..., k, n) for each size of block
+        parts = x.split([k * n for k, n in self.groups], dim=-1)
+        return [part.unflatten(-1, kn) for part, kn in zip(parts, self.groups, strict=True)]
+
     def collect(self, task):
         """After `task`'s backward(): add each parameter's .grad to the task's row, and clear it, without waiting.
 
-        Call it once for each micro-batch; to give up a step half-way, `ortho.rows.zero_()`. Raises RuntimeError where
-        .grad is still the tensor that `project` wrote.
+        Once for each micro-batch, and not for a task that is absent; to give up a step, `ortho.rows.zero_()`. Raises
+        ValueError where there is no such task; RuntimeError where no parameter has a .grad, where .grad is still the
+        tensor that `project` wrote, or a parameter has changed dtype or device.
         """
-        self._check_cleared()
-        pairs = [(v, p.grad) for v, p in zip(self.views[task], self.parameters, strict=True) if p.grad is not None]
-        if pairs:
-            torch._foreach_add_(*zip(*pairs, strict=True), alpha=self.weights[task])
+        if task not in range(self.num_tasks):
+            raise ValueError(f"OrthoLoRA: task {task} is none of 0 to {self.num_tasks - 1}")
+        self._check()
+        self._add(task, [p.grad for p in self.parameters])
         for p in self.parameters:
             p.grad = None
 
-    @torch.no_grad()
     def collect_stacked(self, grads):
         """After the one backward() of `lora.per_task`: add every task's gradient to its row.
 
         grads: {parameter: its view}; a view's .grad is (T, *parameter.shape), or None where no loss depended on it.
-        Raises RuntimeError as `collect` does, and where no gradient came at all; ValueError where they are those of
-        another number of tasks; KeyError where a parameter of the blocks is not in grads.
+        Raises as `collect` does, and ValueError where a .grad has another shape.
         """
-        self._check_cleared()
+        self._check()
         found = [grads[p].grad for p in self.parameters]
-        if all(g is None for g in found):
-            raise RuntimeError("OrthoLoRA.collect_stacked: no gradient came; call backward() inside `with per_task`")
-        stacked = next(len(g) for g in found if g is not None)
-        if stacked != self.num_tasks:
-            raise ValueError(f"OrthoLoRA: gradients of {stacked} tasks stacked, but num_tasks={self.num_tasks}")
-        found = [
-            p.new_zeros(self.num_tasks, p.numel()) if g is None else g.flatten(1)
-            for g, p in zip(found, self.parameters, strict=True)
-        ]
-        self.rows.addcmul_(torch.cat(found, 1).to(self.rows.dtype), self.weights_column)
+        for p, g in zip(self.parameters, found, strict=True):
+            if g is not None and g.shape != (self.num_tasks, *p.shape):
+                raise ValueError(f"OrthoLoRA: a stacked .grad is {tuple(g.shape)}, not {(self.num_tasks, *p.shape)}")
+        found = [[None] * self.num_tasks if g is None else g.unbind() for g in found]
+        for task, of_task in enumerate(zip(*found, strict=True)):
+            self._add(task, of_task)
         for p in self.parameters:
             grads[p].grad = None
 
-    def _check_cleared(self):
-        for p, written in zip(self.parameters, self.grads, strict=True):
-            if p.grad is written:
+    def _check(self):
+        for p, dtype in zip(self.parameters, self.dtypes, strict=True):
+            if p.dtype != dtype or p.device != self.rows.device:
                 raise RuntimeError(
-                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() "
-                    "(with set_to_none=True, its default) before the first backward() of a step"
+                    f"OrthoLoRA: a parameter is {p.dtype} on {p.device}, and was {dtype} on {self.rows.device}; make "
+                    "OrthoLoRA last: after .to(device), a cast, get_peft_model, Trainer(...), accelerator.prepare"
+                )
+            if getattr(p.grad, "projected", False):
+                raise RuntimeError(
+                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() (with set_to_"
+                    "none=True) before backward(); when accumulating, project once, after the last micro-batch"
                 )
 
     @torch.no_grad()
-    def project(self, order=None):
-        """Write sum_i v_i into every .grad, zeros where no task had a gradient, clear the rows, and return the
-        `Conflicts`. (The next call writes the same memory anew: clone a .grad to keep it.)
+    def _add(self, task, grads):
+        pairs = [(row, g) for row, g in zip(self._per_parameter(self.rows[task]), grads, strict=True) if g is not None]
+        if not pairs:
+            raise RuntimeError(
+                "OrthoLoRA: no parameter in blocks has a .grad; collect right after each task's backward() (stacked: "
+                "inside `with per_task`), and make OrthoLoRA of the parameters that the model has now"
+            )
+        torch._foreach_add_(*zip(*pairs, strict=True), alpha=float(self.weights[task]))
 
-        order: (T, T - 1) as in `project_conflicting`; by default drawn at random. A gradient that isn't finite is never
-        projected away: it makes .grad not finite as well, so GradScaler skips the step as it should.
-        With one task, or no conflict, a float32 .grad is, to the bit, the rows added from first to last (but for
-        `balance`).
+    def project(self, order=None):
+        """Write sum_i v_i into every .grad, zeros where no task had a gradient, clear the rows, and return `Conflicts`.
+
+        order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
+        rows add up, and are watched. Raises ValueError for others. What isn't finite is never projected away: it makes
+        .grad not finite, so GradScaler skips the step. With one task or no conflict a float32 .grad is the plain sum.
         """
-        order = self.random_order() if order is None or not self.surgery else torch.as_tensor(order)
-        with full_float32(self.rows.device):
-            gram = torch.cat([g @ g.mT for g in self.stacks])  # (blocks, T, T)
-            if self.sequential:
-                v = [torch.stack([project_conflicting(rows, order.tolist(), True) for rows in g]) for g in self.stacks]
-                taken = torch.cat([(g - x).square().sum(2) for g, x in zip(self.stacks, v, strict=True)])  # (blocks, T)
-                scales = balancing_scales(gram) if self.balance else torch.ones_like(gram[0, 0])  # (T,)
-                gone, weights = lambda: taken, scales.expand(len(gram), -1)  # (blocks, T)
-                self.rows.zero_()  # v is a copy
-            else:
-                if gram.is_cuda and not order.is_cuda:  # from pinned memory the copy waits for nothing
-                    order = order.pin_memory().to(gram.device, non_blocking=True)
-                C = projection_coefficients(gram, order)
-                v, gone = self.stacks, partial(removed_squares, gram, C)
-                C = balancing_scales(gram)[:, None] * C if self.balance else C
-                weights = C.sum(1)  # (blocks, T): sum_i s_i v_i = sum_j (sum_i s_i C_ij) g_j
-            for x, w, out in zip(v, weights.split([len(g) for g in self.stacks]), self.sums, strict=True):
-                combine(x, w, out=out, clear=not self.sequential)
-        if self.cast:
-            torch._foreach_copy_(*zip(*self.cast, strict=True))
-        for p, grad in zip(self.parameters, self.grads, strict=True):
-            p.grad = grad
-        return Conflicts(gram, gone, self.places, self.blocks)
+        T = self.num_tasks
+        order = self.random_order() if order is None else torch.as_tensor(order)
+        fits = order.shape in ((T, T - 1), (T, 0))
+        if fits and order.is_cpu and order.numel():  # what is on a GPU is not looked at
+            fits = [sorted([i, *row]) for i, row in enumerate(order.tolist())] == [list(range(T))] * T
+        if not fits:
+            raise ValueError(f"OrthoLoRA: row i of order names all tasks but i, or none; not {order.tolist()}")
+        stacks = [x.transpose(0, 1) for x in self._per_size(self.rows)]  # (k, T, n) each
+        gram = torch.cat([gram_matrix(g) for g in stacks])  # (blocks, T, T), as the blocks lie in rows
+        if order.is_cpu and gram.is_cuda and not self.sequential:
+            order = order.pin_memory().to(gram.device, non_blocking=True)  # from pinned memory, so nothing waits
+        C = (sequential_coefficients if self.sequential else projection_coefficients)(gram, order)
+        weights = C.sum(1)  # (blocks, T): sum_i v_i = sum_j (sum_i C_ij) g_j
+        largest = torch.finfo(self.rows.dtype).max  # a weight may be infinite in float32 where g_j is all but zero
+        parts = weights.clamp(-largest, largest).to(self.rows.dtype).split([len(g) for g in stacks])
+        total = torch.empty_like(self.rows[0])  # (P,)
+        for g, w, out in zip(stacks, parts, self._per_size(total), strict=True):
+            # From first to last, so weights of 1 give the plain sum, to the bit.
+            for j, (g_j, w_j) in enumerate(zip(g.unbind(1), w[..., None].unbind(1), strict=True)):  # (k, n), (k, 1)
+                torch.mul(g_j, w_j, out=out) if j == 0 else out.addcmul_(g_j, w_j)
+        self.rows.zero_()
+        for p, grad in zip(self.parameters, self._per_parameter(total), strict=True):
+            p.grad = grad = grad.to(p.dtype)
+            grad.projected = True  # `_check` finds it where it should be gone
+        return Conflicts(gram[self.places], C[self.places], self.blocks)
 
     def random_order(self):
         """(T, T - 1): for each task the others, in an order drawn from `generator`."""
-        if not self.surgery:
-            return self.others[:, :0]  # nobody meets anybody
-        draws = torch.rand(self.others.shape, generator=self.generator, device="cpu")
-        return self.others.gather(1, draws.argsort(1))
+        draws = torch.rand(self.num_tasks, self.num_tasks, generator=self.generator, device="cpu")
+        return draws.fill_diagonal_(2.0).argsort(1)[:, :-1]  # the task itself comes last, and is left out

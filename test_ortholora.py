@@ -3,6 +3,11 @@
 The reference: for everything fast, the textbook function; for that, torchjd's PCGrad and numbers worked out by hand.
 """
 
+import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +15,7 @@ import torch
 from torch import nn
 from torchjd.aggregation import PCGrad
 
-from ortholora import OrthoLoRA, combine, full_float32, project_conflicting, projection_coefficients
+from ortholora import OrthoLoRA, balance, project_conflicting, projection_coefficients
 
 SHAPES = [[(8, 24)], [(24, 8)], [(5,), (3, 4)], [(8, 24)], [(1,)]]  # five blocks; the third is of two tensors
 
@@ -40,6 +45,14 @@ def rows_of_blocks(ortho, parameters, grads):
 
 def update_of(block):
     return torch.cat([p.grad.flatten() for p in block])
+
+
+def one_block(*grads, **options):
+    """(parameter, OrthoLoRA) of one block, the gradients, given as lists of numbers, collected."""
+    parameter = nn.Parameter(torch.zeros(len(grads[0])))
+    ortho = OrthoLoRA([[parameter]], len(grads), **options)
+    collect(ortho, [parameter], [[torch.tensor(g)] for g in grads])
+    return parameter, ortho
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,13 +113,31 @@ def test_textbook_equals_torchjd(T, n, shift):
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("T", range(1, 9))
 def test_ortholora_equals_textbook(T, sequential):
-    parameters, ortho, grads = make(T, sequential=sequential)
+    shapes = SHAPES[:-1] if sequential else SHAPES  # in one dimension v_j may be all rounding error, and is a reference
+    parameters, ortho, grads = make(T, shapes, sequential=sequential)
     order = ortho.random_order()
     collect(ortho, parameters, grads)
     ortho.project(order)
     for block, rows in zip(ortho.blocks, rows_of_blocks(ortho, parameters, grads), strict=True):
         expected = project_conflicting(rows, order.tolist(), sequential).sum(0)
         assert (update_of(block) - expected).norm() <= 1e-5 * rows.norm(dim=1).sum()
+
+
+def test_sequential_takes_rounding_error_for_zero():
+    # v1 = 0 as g1 = -g2 / 3, but in float64 it comes out at about 1e-17 |g1|: g2 must not be held against that.
+    parameter, ortho = one_block([0.1, 0.7, 0.3], [-0.3, -2.1, -0.9], sequential=True)
+    ortho.project([[1], [0]])
+    torch.testing.assert_close(parameter.grad, torch.tensor([-0.3, -2.1, -0.9]), atol=1e-6, rtol=0)
+
+
+def test_coefficients_by_hand():
+    # g1 = (1, 0), g2 = (-1, 1), g3 = (-1, -2) as above, the other tasks in ascending order, in two blocks of which the
+    # second has no conflict. v1 = g1 + 1/2 g2 + 3/10 g3; v2 = 1 g1 + g2 + 2/5 g3; v3 = 1 g1 + 1 g2 + g3.
+    g = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-1.0, -2.0]])
+    C = projection_coefficients(torch.stack([g @ g.mT, torch.eye(3)]), [[1, 2], [0, 2], [0, 1]])
+    torch.testing.assert_close(C[0], torch.tensor([[1.0, 0.5, 0.3], [1.0, 1.0, 0.4], [1.0, 1.0, 1.0]]))
+    assert torch.equal(C[1], torch.eye(3))
+    assert torch.equal(projection_coefficients((g @ g.mT)[None], torch.empty(3, 0)), torch.eye(3)[None])
 
 
 def test_order_is_used_and_seeded():
@@ -117,6 +148,18 @@ def test_order_is_used_and_seeded():
     ortho = make(3)[1]
     first = torch.stack([ortho.random_order() for _ in range(600)])[:, 0, 0]
     assert 200 < (first == 1).sum() < 400  # task 0 meets 1 or 2 first, evenly
+
+
+def test_every_process_draws_the_same_order():
+    # Whatever else has been drawn there (dropout, a collator's masks) and whatever the default device is.
+    orders = []
+    for noise in (1, 2):
+        ortho = make(6)[1]
+        torch.rand(noise)
+        with torch.device("meta"):
+            orders.append(torch.stack([ortho.random_order() for _ in range(4)]))
+    assert orders[0].device.type == "cpu" and torch.equal(*orders)
+    assert not torch.equal(orders[0][0], orders[0][1])
 
 
 def test_step_is_one_order_for_all_tasks_and_blocks():
@@ -169,6 +212,15 @@ def test_no_conflict_is_the_sum_to_the_bit():
         assert torch.equal(p.grad, total)
 
 
+@pytest.mark.parametrize("order", [torch.empty(2, 0, dtype=torch.long), [[], []]])
+def test_an_empty_order_adds_the_rows_to_the_bit_and_watches(order):
+    parameters, ortho, grads = make(2)
+    collect(ortho, parameters, grads)
+    conflicts = ortho.project(order)
+    assert conflicts.conflicts.any() and not conflicts.removed.any() and (conflicts.weights == 1).all()
+    assert all(torch.equal(p.grad, a + b) for p, a, b in zip(parameters, *grads, strict=True))
+
+
 def test_conflict_in_one_block_leaves_the_others_to_the_bit():
     parameters, ortho, grads = make(2)
     grads = [[g.abs() for g in task] for task in grads]
@@ -184,7 +236,7 @@ def test_opposite_gradients_vanish():
     collect(ortho, parameters, [grads[0], [-4 * g for g in grads[0]]])  # a power of two: exactly opposite
     conflicts = ortho.project()
     assert all(p.grad.abs().max() <= 1e-6 * g.norm() for p, g in zip(parameters, grads[0], strict=True))
-    torch.testing.assert_close(conflicts.removed, torch.ones(5, 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(conflicts.removed, torch.ones(5, 2).double())
 
 
 def test_zero_gradient_is_no_conflict():
@@ -192,8 +244,9 @@ def test_zero_gradient_is_no_conflict():
     parameters, ortho, grads = make(3)
     collect(ortho, parameters, [[0 * g for g in task] for task in grads])
     conflicts = ortho.project()
-    for x in (conflicts.cosines, conflicts.conflicts, conflicts.removed):
+    for x in (conflicts.cosines, conflicts.conflicts, conflicts.removed, conflicts.rate):
         assert not x.any()  # and no NaN, which would count as true
+    assert (conflicts.effective == 1).all()
     conflicts.check()
     assert all(p.grad is not None and not p.grad.any() for p in parameters)
 
@@ -218,6 +271,32 @@ def test_task_that_does_not_use_a_parameter():
         ortho.collect(t)
     ortho.project()
     assert torch.equal(parameters[0].grad, grads[0][0])
+
+
+def test_absent_tasks_take_no_part():
+    # Three of eight tasks have a batch in this step: as if there were three. The five meet nobody, and count nowhere.
+    present, absent = [5, 2, 7], [0, 1, 3, 4, 6]
+    parameters, eight, grads = make(8)
+    three = OrthoLoRA(eight.blocks, 3)
+    order = three.random_order().tolist()
+    collect(three, parameters, grads[:3])
+    expected = three.project(order)
+    updates = [p.grad for p in parameters]
+    long_order = eight.random_order().tolist()
+    for t, others in zip(present, order, strict=True):  # those that are there first, in the order of the three
+        long_order[t] = [present[j] for j in others] + absent
+    for t, task in zip(present, grads, strict=False):
+        for p, g in zip(parameters, task, strict=True):
+            p.grad = g.clone()
+        eight.collect(t)
+    conflicts = eight.project(long_order)
+    for p, g in zip(parameters, updates, strict=True):
+        torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-5)
+    assert conflicts.finite.all() and not conflicts.removed[:, absent].any()
+    assert not conflicts.cosines[:, absent].any() and (conflicts.weights[:, absent] == 1).all()
+    assert conflicts.rate == expected.rate > 0
+    torch.testing.assert_close(conflicts.effective[present], expected.effective)
+    assert (conflicts.effective[absent] == 1).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,32 +327,84 @@ def test_square_that_underflows_is_no_conflict():
     assert C[0, 0].tolist() == [1.0, 0.0]
 
 
-def test_products_are_float32_under_autocast_and_fast_matmul():
-    _, ortho, grads = make(6, [[(64, 96)]])
-    rows = torch.stack([task[0].flatten() for task in grads])[None]
-    exact = rows.double() @ rows.double().mT
+@pytest.mark.parametrize("scale", [1e25, 1e-30])
+def test_squares_beyond_float32_are_projected_all_the_same(scale):
+    # |g|^2 would be 1e50 or 1e-60. As at the top: the sum of (1, 0) and (-1, 1) is (.5, 1.5).
+    parameter, ortho = one_block([scale, 0.0], [-scale, scale])
+    conflicts = ortho.project()
+    torch.testing.assert_close(parameter.grad / scale, torch.tensor([0.5, 1.5]))
+    assert conflicts.finite.all() and conflicts.conflicts.sum() == 2
+
+
+def test_a_gradient_next_to_nothing_is_projected_without_infinity():
+    # w2 = 1 + 1e10 / 1e-36 is beyond float32. What is added stays below what exact projection would add.
+    parameter, ortho = one_block([1e10, 1e10], [-1e-36, 0.0])
+    assert ortho.project().finite.all()
+    assert parameter.grad.isfinite().all() and parameter.grad[1] == 1e10 and 0 <= parameter.grad[0] <= 1e10
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_products_are_exact_under_autocast_and_fast_matmul(sequential):
+    # "medium" allows bf16 inside a product of float32, on processors that have it. None of it may reach the projection.
     before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")  # allows bf16 inside, on processors that have it
-        fast = rows @ rows.mT
-        with torch.autocast("cpu", torch.bfloat16), full_float32("cpu"):
-            gram = rows @ rows.mT
-            assert gram.dtype == torch.float32 and (gram - exact).abs().max() < 1e-6 * exact.max()
-        assert torch.get_float32_matmul_precision() == "medium" and torch.equal(rows @ rows.mT, fast)  # given back
-    finally:
-        torch.set_float32_matmul_precision(before)
-    with torch.autocast("cpu", torch.bfloat16):
-        parameters, ortho, grads = make(6, [[(64, 96)]])
-        collect(ortho, parameters, grads)
-        order = ortho.random_order()
-        conflicts = ortho.project(order)
-    C = projection_coefficients(exact, order)
-    gone = ((C @ rows.double() - rows.double()).norm(dim=2) / rows.double().norm(dim=2)).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(conflicts.removed, gone, atol=1e-5, rtol=1e-5)  # worked out here
-    norms = exact.diagonal(dim1=1, dim2=2).sqrt()
-    expected = exact / norms[:, :, None] / norms[:, None]
-    torch.testing.assert_close(conflicts.cosines.double(), expected, atol=1e-6, rtol=1e-5)
+    found = []
+    for precision, autocast in (("highest", False), ("medium", True)):
+        try:
+            torch.set_float32_matmul_precision(precision)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                parameters, ortho, grads = make(6, [[(64, 96)]], sequential=sequential)
+                collect(ortho, parameters, grads)
+                conflicts = ortho.project()
+                found.append([parameters[0].grad, conflicts.cosines, conflicts.removed, conflicts.effective])
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    g = torch.stack([task[0].flatten() for task in grads]).double()
+    norms = g.norm(dim=1)
+    torch.testing.assert_close(conflicts.cosines[0], g @ g.mT / norms / norms[:, None], atol=1e-14, rtol=1e-12)
+
+
+def test_large_blocks_are_summed_over_pieces():
+    # Wider than a piece, in a batch of blocks and alone, with a remainder.
+    parameters, ortho, grads = make(3, [[(300, 701)], [(300, 701)], [(5,)]])
+    order = ortho.random_order()
+    collect(ortho, parameters, grads)
+    conflicts = ortho.project(order)
+    for block, cosines, rows in zip(
+        ortho.blocks, conflicts.cosines, rows_of_blocks(ortho, parameters, grads), strict=True
+    ):
+        rows = rows.double()
+        expected = project_conflicting(rows, order.tolist()).sum(0).float()
+        torch.testing.assert_close(update_of(block), expected, atol=1e-5, rtol=1e-5)
+        norms = rows.norm(dim=1)
+        torch.testing.assert_close(cosines, rows @ rows.mT / norms / norms[:, None], atol=1e-14, rtol=1e-12)
+
+
+def peak_of(run):
+    """Bytes allocated at the peak of run(), beyond what was before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    total = peak = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [1, 500])
+def test_memory_is_two_sums_and_a_little(blocks, dtype):
+    T, P = 4, 24_000_000  # a float64 copy of one block alone would be 768 MB
+    parameters = [nn.Parameter(torch.empty(P // blocks, dtype=dtype)) for _ in range(blocks)]
+    ortho = OrthoLoRA([[p] for p in parameters], T)
+    ortho.rows.fill_(1.0)
+    peak = peak_of(ortho.project)
+    assert P * parameters[0].grad.element_size() <= peak <= 2 * 4 * P + 2**26 + 8 * blocks * T * T * 8
+    ortho.rows.fill_(1.0)
+    assert peak_of(lambda: balance(ortho.rows)) <= 2**26
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -288,6 +419,13 @@ def test_other_dtypes(dtype):
         assert update_of(block).dtype == dtype
         torch.testing.assert_close(update_of(block), expected)
     assert projection_coefficients(torch.eye(2, dtype=torch.bfloat16)[None], [[1], [0]]).dtype == torch.float32
+
+
+def test_rows_are_added_from_first_to_last():
+    # (1 + 1e8) - 1e8 = 0 in float32, in this order only; the sum alone has no conflict to project.
+    parameter, ortho = one_block([1e8], [1.0], [-1e8])
+    ortho.project([[]] * 3)
+    assert parameter.grad.item() == 0.0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -312,12 +450,6 @@ def test_not_finite_propagates_and_is_named(bad, T):
     ortho.project().check()
 
 
-def test_combine_adds_from_first_to_last():
-    grads = torch.tensor([[[1e8], [1.0], [-1e8]]])  # (1 + 1e8) - 1e8 = 0 in float32, in this order only
-    assert combine(grads, torch.ones(1, 3)).item() == (torch.tensor(1e8) + 1.0 - 1e8).item() == 0.0
-    assert combine(grads, torch.tensor([[1.0, 2.0, 0.0]]), clear=True).item() == 1e8 and not grads.any()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Balance
 
@@ -327,53 +459,36 @@ def test_balance_by_hand():
     # v1 = (1.5, 1.5) and v2 = (0, 1); in B they agree.
     A, B = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     grads = [[torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([-1.0, 1.0]), torch.tensor([7**0.5])]]
-    ortho = OrthoLoRA([[A], [B]], 2, balance=True)
+    ortho = OrthoLoRA([[A], [B]], 2)
     collect(ortho, [A, B], grads)
+    balance(ortho.rows)
     ortho.project()
     torch.testing.assert_close(A.grad, torch.tensor([1.2, 1.2 + 4 / 3]))
     torch.testing.assert_close(B.grad, torch.tensor([3.2 + 4 / 3 * 7**0.5]))
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("T", range(1, 9))
-def test_balance_is_projection_of_the_scaled_gradients(T, sequential):
-    shapes = SHAPES[:-1] if sequential else SHAPES  # in one dimension v_j may be all rounding error, and is a reference
-    parameters, ortho, grads = make(T, shapes, balance=True, sequential=sequential)
-    grads = [[10.0**-t * g for g in task] for t, task in enumerate(grads)]
-    order = ortho.random_order()
-    collect(ortho, parameters, grads)
-    ortho.project(order)
-    norms = torch.stack([torch.cat([g.flatten() for g in task]).norm() for task in grads])  # over all blocks
-    scaled = [[norms.mean() / norm * g for g in task] for norm, task in zip(norms, grads, strict=True)]
-    for block, rows in zip(ortho.blocks, rows_of_blocks(ortho, parameters, scaled), strict=True):
-        expected = project_conflicting(rows, order.tolist(), sequential).sum(0)
-        assert (update_of(block) - expected).norm() <= 1e-5 * rows.norm(dim=1).sum()
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-35])
+def test_balance_leaves_absent_tasks_out(scale):
+    # The norms 5, absent, 1: both become 3, whatever their squares are in float32, and zero stays zero.
+    rows = scale * torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])
+    assert balance(rows) is None
+    torch.testing.assert_close(rows / scale, torch.tensor([[1.8, 2.4], [0.0, 0.0], [0.0, 3.0]]))
+    rows.zero_()
+    balance(rows)
+    assert not rows.any()
 
 
-def test_balance_alone():
-    parameters, ortho, grads = make(3, balance=True, surgery=False)
-    grads[1] = [0 * g for g in grads[1]]  # a task without a gradient takes no part
-    grads[2] = [-4 * g for g in grads[0]]  # and opposite ones of the same size cancel, unprojected
-    collect(ortho, parameters, grads)
-    conflicts = ortho.project()
-    assert all(p.grad.abs().max() <= 1e-6 * g.norm() for p, g in zip(parameters, grads[2], strict=True))
-    assert conflicts.conflicts[:, 0, 2].all() and not conflicts.removed.any()  # they are seen, and nothing is taken
-
-
-def test_without_surgery_or_balance_it_is_the_sum_to_the_bit():
-    parameters, ortho, grads = make(2, surgery=False)
-    collect(ortho, parameters, grads)
-    assert ortho.project([[1], [0]]).conflicts.any()  # whatever order is given
-    assert all(torch.equal(p.grad, a + b) for p, a, b in zip(parameters, *grads, strict=True))
+def test_balance_of_a_row_next_to_nothing_is_finite():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1e-44]])  # to the norm 1/2 it would take a factor beyond float32
+    balance(rows)
+    assert rows[0, 0] == 0.5 and rows.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_balance_lets_what_is_not_finite_through(bad):
-    parameters, ortho, grads = make(2, balance=True)
-    grads[1][0][0] = bad
-    collect(ortho, parameters, grads)
-    ortho.project()
-    assert not torch.isfinite(parameters[0].grad).all()
+    rows = torch.tensor([[1.0, 2.0], [1.0, bad]])
+    balance(rows)
+    assert not rows[1].isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,10 +503,34 @@ def test_statistics_by_hand():
     rows = [([1.0, 0.0], [3.0, 4.0]), ([-1.0, 1.0], [4.0, 3.0])]
     collect(ortho, [A, B], [[torch.tensor(a), torch.tensor(b)] for a, b in rows])
     conflicts = ortho.project()
-    torch.testing.assert_close(conflicts.cosines[:, 0, 1], torch.tensor([-(0.5**0.5), 0.96]))
+    torch.testing.assert_close(conflicts.cosines[:, 0, 1], torch.tensor([-(0.5**0.5), 0.96]).double())
     assert conflicts.conflicts.tolist() == [[[False, True], [True, False]], [[False] * 2] * 2]
-    torch.testing.assert_close(conflicts.removed, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 0.0]]))
+    torch.testing.assert_close(conflicts.removed, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, 0.0]]).double())
     assert conflicts.finite.all()
+    # v1 = g1 + 1/2 g2 and v2 = g2 + 1 g1 in block 1: the update is 2 g1 + 3/2 g2. In block 2 it is g1 + g2.
+    assert conflicts.weights.tolist() == [[2.0, 1.5], [1.0, 1.0]]
+    # Task 1: sqrt((4 · 1 + 1 · 25) / 26). Task 2: sqrt((9/4 · 2 + 1 · 25) / 27). One of two pairs is in conflict.
+    torch.testing.assert_close(conflicts.effective, torch.tensor([(29 / 26) ** 0.5, (29.5 / 27) ** 0.5]).double())
+    assert conflicts.rate == 0.5
+    assert repr(conflicts) == "Conflicts(blocks=2, tasks=2, device='cpu')"
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_projection_is_a_reweighting(sequential):
+    # sum_i v_i = sum_j w_j g_j in every block (Kurin et al. 2022, Prop. 3), with the weights that Conflicts reports.
+    parameters, ortho, grads = make(5, SHAPES[:-1], sequential=sequential)
+    collect(ortho, parameters, grads)
+    weights = ortho.project().weights
+    assert sequential or (weights >= 1).all()
+    for block, w, rows in zip(ortho.blocks, weights, rows_of_blocks(ortho, parameters, grads), strict=True):
+        torch.testing.assert_close(update_of(block), (w @ rows.double()).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_rate_is_a_share_of_the_pairs_that_are_there():
+    # Pairs (1, 2) and (1, 4) conflict, (2, 4) agrees; task 3 has no gradient. 2 of 3, and not 4 of 16.
+    _, ortho = one_block([1.0, 0.0], [-1.0, 1.0], [0.0, 0.0], [-1.0, 2.0])
+    torch.testing.assert_close(ortho.project().rate, torch.tensor(2 / 3))
+    assert one_block([1.0, 0.0], [0.0, 0.0])[1].project().rate == 0.0  # there is no pair
 
 
 def test_statistics_come_in_the_callers_order():
@@ -496,12 +635,142 @@ def test_without_conflict_training_is_joint_training_to_the_bit():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Misuse
+# The buffer: rows, weights, stacked gradients, copies
+
+
+def test_rows_are_the_buffer():
+    # What a distributed run averages between collect and project: changing rows changes the result.
+    parameters, ortho, grads = make(2)
+    collect(ortho, parameters, grads)
+    ortho.rows.mul_(2.0)
+    ortho.project([[1], [0]])
+    for block, rows in zip(ortho.blocks, rows_of_blocks(ortho, parameters, grads), strict=True):
+        expected = 2 * project_conflicting(rows, [[1], [0]]).sum(0)
+        torch.testing.assert_close(update_of(block), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gradient_stays_what_it_was():
+    parameters, ortho, grads = make(2)
+    collect(ortho, parameters, grads)
+    ortho.project([[1], [0]])
+    kept = [p.grad for p in parameters]
+    copies = [g.clone() for g in kept]
+    torch.optim.SGD(parameters, lr=1.0).zero_grad()
+    collect(ortho, parameters, [[-3 * g for g in task] for task in grads])
+    ortho.project([[1], [0]])
+    assert all(
+        torch.equal(g, c) and not torch.equal(g, p.grad) for g, c, p in zip(kept, copies, parameters, strict=True)
+    )
+
+
+def stack_up(parameters, grads):
+    """What `lora.per_task` leaves behind for `collect_stacked`: {parameter: something with the stacked .grad}."""
+    stacked = [None if task_grads[0] is None else torch.stack(task_grads) for task_grads in zip(*grads, strict=True)]
+    return {p: SimpleNamespace(grad=g) for p, g in zip(parameters, stacked, strict=True)}
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_gradients_are_collected_as_single_ones(weights, dtype):
+    parameters, loop, grads = make(3, weights=weights, dtype=dtype)
+    stacked = OrthoLoRA(loop.blocks, 3, weights=weights)
+    for task in grads:
+        task[-1] = None  # the last one is not reached by any loss
+    for _ in range(2):  # twice, as with gradient accumulation
+        for t, task in enumerate(grads):
+            for p, g in zip(parameters, task, strict=True):
+                p.grad = None if g is None else g.clone()
+            loop.collect(t)
+        views = stack_up(parameters, grads)
+        stacked.collect_stacked(views)
+        assert all(view.grad is None for view in views.values())
+    assert torch.equal(loop.rows, stacked.rows) and loop.rows.any(1).all()
+    stacked.project()
+    assert parameters[0].grad.any() and not parameters[-1].grad.any()
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        stacked.collect_stacked(stack_up(parameters, grads))
+
+
+@pytest.mark.parametrize("new", [[0.5, 2.0, 0.0], torch.tensor([0.5, 2.0, 0.0])])
+def test_weights_may_change_at_any_time(new):
+    parameters, loop, grads = make(3)
+    stacked = OrthoLoRA(loop.blocks, 3, weights=[9, 9, 9])
+    plain = OrthoLoRA(loop.blocks, 3)
+    collect(plain, parameters, grads)
+    loop.weights = stacked.weights = new
+    collect(loop, parameters, grads)
+    stacked.collect_stacked(stack_up(parameters, grads))
+    for ortho in (loop, stacked):
+        assert torch.equal(ortho.rows, torch.tensor([[0.5], [2.0], [0.0]]) * plain.rows)
+
+
+def through_torch_save(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_multiprocessing(x):
+    return pickle.loads(ForkingPickler.dumps(x))  # as to a process that is spawned: the tensors' memory is shared
+
+
+def through_pickle(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch_save, through_multiprocessing])
+def test_a_copy_works_on_its_own(copied):
+    # In the middle of a step: rows, weights and the generator's state go along, and the parameters stay the model's.
+    model = nn.ParameterList([torch.zeros(8, 3), torch.zeros(3, 5), torch.zeros(2)])
+    grads = [[torch.randn_like(p) for p in model] for _ in range(4)]
+    ortho = OrthoLoRA([[p] for p in model], 4, weights=[1.0, 2.0, 3.0, 4.0])
+    ortho.random_order()
+    collect(ortho, model, grads)
+    half = ortho.rows.clone()
+    other = copied({"model": model, "ortho": ortho})
+    model2, ortho2 = other["model"], other["ortho"]
+    assert all(block[0] is p is not q for block, p, q in zip(ortho2.blocks, model2, model, strict=True))
+    collect(ortho2, model2, grads)
+    assert torch.equal(ortho2.rows, 2 * half) and torch.equal(ortho.rows, half)
+    ortho2.rows /= 2
+    ortho.project(), ortho2.project()  # each draws its own order, from equal states
+    assert all(torch.equal(p.grad, q.grad) and p.grad.any() for p, q in zip(model, model2, strict=True))
+    assert torch.equal(ortho.random_order(), ortho2.random_order())
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        ortho2.collect(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing waits for the device
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_read_on_the_host(dtype):
+    # On the device "meta" there are no numbers, so whatever would wait for one raises; as `check` does, which may wait.
+    blocks = [[nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in block] for block in SHAPES]
+    parameters = [p for block in blocks for p in block]
+    ortho = OrthoLoRA(blocks, 3, weights=[1.0, 2.0, 3.0])
+    grads = [[torch.empty_like(p) for p in parameters] for _ in range(3)]
+    collect(ortho, parameters, grads)
+    ortho.collect_stacked(stack_up(parameters, grads))
+    balance(ortho.rows)
+    conflicts = ortho.project()
+    assert all(p.grad.is_meta and p.grad.dtype == dtype for p in parameters)
+    for name in ("cosines", "conflicts", "removed", "finite", "weights", "effective", "rate"):
+        assert getattr(conflicts, name).is_meta
+    assert repr(conflicts) == "Conflicts(blocks=5, tasks=3, device='meta')"
+    with pytest.raises(NotImplementedError):
+        conflicts.check()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Misuse is told at once, with its cause
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to_none", [None, False])  # no zero_grad() at all; zero_grad(set_to_none=False)
-def test_forgotten_zero_grad_is_an_error(to_none, dtype):
+def test_forgotten_zero_grad(to_none, dtype):
     parameters, ortho, grads = make(2, dtype=dtype)
     collect(ortho, parameters, grads)
     ortho.project()
@@ -510,7 +779,7 @@ def test_forgotten_zero_grad_is_an_error(to_none, dtype):
     for p in parameters:
         p.sum().backward()  # adds to .grad in place
     before = ortho.rows.clone()
-    with pytest.raises(RuntimeError, match="zero_grad"):
+    with pytest.raises(RuntimeError, match="zero_grad.*when accumulating, project once, after the last micro-batch"):
         ortho.collect(0)
     assert torch.equal(ortho.rows, before)
     torch.optim.SGD(parameters, lr=1.0).zero_grad()
@@ -518,63 +787,102 @@ def test_forgotten_zero_grad_is_an_error(to_none, dtype):
     ortho.project()
 
 
-def test_rows_are_the_buffer():
-    # What a distributed run averages between collect and project: changing rows changes the result.
+def test_collect_without_any_gradient():
     parameters, ortho, grads = make(2)
-    collect(ortho, parameters, grads)
-    ortho.rows.mul_(2.0)
-    ortho.project(torch.tensor([[1], [0]]))
-    for block, rows in zip(ortho.blocks, rows_of_blocks(ortho, parameters, grads), strict=True):
-        expected = 2 * project_conflicting(rows, [[1], [0]]).sum(0)
-        torch.testing.assert_close(update_of(block), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="no parameter in blocks has a .grad.*the parameters that the model has now"):
+        ortho.collect(0)  # the model was built again, or gradients were taken by autograd.grad
+    for p, g in zip(parameters, grads[0], strict=True):
+        p.grad = g  # both backward() first, and then
+    ortho.collect(0)
+    with pytest.raises(RuntimeError, match="right after each task's backward"):
+        ortho.collect(1)
+    with pytest.raises(RuntimeError, match="inside `with per_task`"):
+        ortho.collect_stacked({p: SimpleNamespace(grad=None) for p in parameters})
 
 
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
-def test_stacked_gradients_are_collected_as_single_ones(weights):
-    parameters, loop, grads = make(3, weights=weights)
-    stacked = OrthoLoRA(loop.blocks, 3, weights=weights)
-    views = {p: p.detach().expand(3, *p.shape).requires_grad_() for p in parameters}
-    for _ in range(2):  # twice, as with gradient accumulation
-        collect(loop, parameters, grads)
-        for i, p in enumerate(parameters[:-1]):  # the last one is not reached by any loss
-            views[p].grad = torch.stack([task[i] for task in grads])
-        stacked.collect_stacked(views)
-        assert all(view.grad is None for view in views.values())
-    ends = [p.numel() for p in loop.parameters].index(1)  # where the last one, of one number, lies
-    loop.views[0][ends].zero_(), loop.views[1][ends].zero_(), loop.views[2][ends].zero_()
-    assert torch.equal(loop.rows, stacked.rows) and loop.rows.abs().sum() > 0
-    stacked.project()
-    with pytest.raises(RuntimeError, match="zero_grad"):
-        stacked.collect_stacked(views)
+def test_a_zero_gradient_is_a_gradient():
+    parameters, ortho, grads = make(2)
+    collect(ortho, parameters, [[0 * g for g in task] for task in grads])  # as for A while B = 0: nothing is raised
 
 
-def test_stacked_without_any_gradient_is_an_error():
+@pytest.mark.parametrize("task", [-1, 2])
+def test_there_is_no_such_task(task):
+    parameters, ortho, grads = make(2)
+    parameters[0].grad = grads[0][0]
+    with pytest.raises(ValueError, match=f"task {task} is none of 0 to 1"):
+        ortho.collect(task)
+    assert parameters[0].grad is grads[0][0] and not ortho.rows.any()
+
+
+@pytest.mark.parametrize("now", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}])
+def test_made_too_early(now):
+    # model.to() changes what is in a parameter (.data), not which object it is; the rows stay where and what they were.
+    p = nn.Parameter(torch.zeros(2, 3))
+    ortho = OrthoLoRA([[p]], 2)
+    if "device" in now:  # for a GPU .to() does this; for "meta" torch makes a new parameter, so another stands for it
+        ortho.parameters[0] = p = nn.Parameter(torch.zeros(2, 3, **now))
+    else:
+        p.data = p.data.to(**now)
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(
+        RuntimeError, match=rf"is {p.dtype} on {p.device}, and was torch.float32 on cpu; make OrthoLoRA last"
+    ):
+        ortho.collect(0)
+    with pytest.raises(RuntimeError, match="make OrthoLoRA last"):
+        ortho.collect_stacked({p: SimpleNamespace(grad=torch.zeros(2, 2, 3))})
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 24), (3, 8, 24), (2, 24, 8), (2, 24), (2,)])
+def test_stacked_gradients_of_another_shape(shape):
     parameters, ortho, _ = make(2)
-    with pytest.raises(RuntimeError, match="backward"):  # called where per_task was over, or not at all
-        ortho.collect_stacked({p: p.detach().expand(2, *p.shape).requires_grad_() for p in parameters})
-
-
-def test_stacked_gradients_of_another_number_of_tasks_are_an_error():
-    parameters, ortho, _ = make(2)
-    views = {p: p.detach().expand(1, *p.shape).requires_grad_() for p in parameters}  # would be added to both rows
-    for view in views.values():
-        view.sum().backward()
-    with pytest.raises(ValueError, match="of 1 tasks"):
+    views = {p: SimpleNamespace(grad=None) for p in parameters}
+    views[parameters[0]].grad = torch.ones(shape)  # most would have been broadcast
+    with pytest.raises(ValueError, match=r"not \(2, 8, 24\)"):
         ortho.collect_stacked(views)
     assert not ortho.rows.any()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [[[0, 1], [0, 2], [0, 1]], [[1, 1], [0, 2], [0, 1]], [[1], [0], [0]], [[1, 2], [0, 2]], [[1, 3]] * 3, [1, 2]],
+)
+def test_order_that_is_none(order):
+    parameters, ortho, grads = make(3)
+    collect(ortho, parameters, grads)
+    for given in (order, torch.tensor(order)):
+        with pytest.raises(ValueError, match="names all tasks but i"):
+            ortho.project(given)
+    ortho.project([[1, 2], [0, 2], [0, 1]])
+
+
+def test_sharded_parameters():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        p = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh))
+        with pytest.raises(ValueError, match="FSDP2 in docs/recipes.md"):
+            OrthoLoRA([[p]], 2)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_bad_arguments():
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    for blocks, T, weights in (
-        ([], 2, None),
-        ([[p], []], 2, None),
-        ([[p], [q, p]], 2, None),
-        ([[p]], 0, None),
-        ([[p]], 2, [1.0]),
-        ([[p], [frozen]], 2, None),
-        ([[p * 2]], 2, None),
+    elsewhere = nn.Parameter(torch.zeros(2, device="meta"))
+    for blocks, T, weights, message in (
+        ([p, q], 2, None, r"a list of lists: \[\[p\] for p in parameters\]"),
+        (iter([p, q]), 2, None, "a list of lists"),
+        ([], 2, None, "no parameter"),
+        ([[p], []], 2, None, "no parameter"),
+        ([[p], [q, p]], 2, None, "more than one block"),
+        ([[p]], 0, None, "num_tasks=0"),
+        ([[p]], 2, [1.0], r"weights=\[1.0\]"),
+        ([[p], [frozen]], 2, None, "frozen"),
+        ([[p * 2]], 2, None, "computed from others"),
+        ([[p], [elsewhere]], 2, None, "several devices"),
     ):
-        with pytest.raises(ValueError, match="OrthoLoRA"):
+        with pytest.raises(ValueError, match=message):
             OrthoLoRA(blocks, T, weights=weights)
+    with pytest.raises(TypeError):
+        OrthoLoRA([[p]], 2, balance=True)  # `balance(ortho.rows)` now

@@ -41,7 +41,7 @@ from glue import (
     score,
 )
 from model import MultiTaskModel, load_encoder
-from ortholora import OrthoLoRA
+from ortholora import OrthoLoRA, balance
 from support.checkpoint import (
     BadInput,
     Progress,
@@ -475,18 +475,10 @@ def projection(method, model, tasks, seed, s):
         return None
     share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and METHODS[method].project else None
     generator = torch.Generator().manual_seed(seed)
-    return OrthoLoRA(
-        blocks,
-        len(tasks),
-        weights=share,
-        generator=generator,
-        sequential=s.sequential,
-        balance=s.balance,
-        surgery=METHODS[method].project,
-    )
+    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
 
 
-def gradients(model, tasks, parts, ortho, s):
+def gradients(method, model, tasks, parts, ortho, s):
     """One step's gradients into .grad: (each task's loss, (T,), and `Conflicts` or None). `parts`: see `draw`."""
     losses = torch.zeros(len(tasks), device=device_of(model))
     for batch in parts:
@@ -509,7 +501,12 @@ def gradients(model, tasks, parts, ortho, s):
         sum_gradients([p for p in model.parameters() if p.requires_grad and id(p) not in collected])
         if ortho:
             dist.all_reduce(ortho.rows)
-    return losses, ortho.project() if ortho else None
+    if ortho is None:
+        return losses, None
+    if s.balance:
+        balance(ortho.rows)
+    nobody = torch.empty(len(losses), 0, dtype=torch.long)  # joint's rows meet nobody: they add up
+    return losses, ortho.project(None if METHODS[method].project else nobody)
 
 
 def train(method, model, tasks, seed, s, log, bar, progress):
@@ -578,10 +575,10 @@ def train(method, model, tasks, seed, s, log, bar, progress):
     for step, parts in zip(range(start, s.steps), stream, strict=False):
         begin = time.perf_counter()
         optimizer.zero_grad()
-        losses, conflicts = gradients(model, tasks, parts, ortho, s)
+        losses, conflicts = gradients(method, model, tasks, parts, ortho, s)
         bar.update(len(tasks))
         if conflicts:
-            seen = [conflicts.conflicts.float(), conflicts.cosines, conflicts.removed]
+            seen = [x.float() for x in (conflicts.conflicts, conflicts.cosines, conflicts.removed)]
             totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
         norms = torch.stack(torch._foreach_norm([p.grad if p.grad is not None else losses[:0] for p in trained]))
         norm, seen = norms.norm(), torch.cat([losses.new_full((1,), step), losses, norms])
