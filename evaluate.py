@@ -27,6 +27,7 @@ from glue import (
     write_submission,
 )
 from lora import merge_lora
+from lori import adapter, insert
 from model import MultiTaskModel, load_encoder
 from support.checkpoint import BadInput, load_adapter, read_header, read_json, shown
 from support.hub import find_checkpoint, read_splits
@@ -66,6 +67,14 @@ def predict(model, task, encoded):
     return predictions
 
 
+def scores_in_training(model, encoder, tasks):
+    """{task: score} of a model in training, on a copy, with the adapter merged into the encoder's float32 weights."""
+    plain = MultiTaskModel(copy.deepcopy(encoder), {})
+    insert(plain.encoder, adapter(model.encoder))
+    plain.heads = copy.deepcopy(model.heads)
+    return {d.name: score(d.name, predict(plain, d.name, d.validation), d.validation_labels)["score"] for d in tasks}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -80,19 +89,19 @@ def adapters_in(folder):
     return found
 
 
-def described(adapter, args, alone):
+def described(folder, args, alone):
     """What an adapter is scored with: {task, model, revision, glue, max_length}, by its files and the flags."""
-    _, metadata, _ = read_header(adapter / "adapter_model.safetensors")
-    config = read_json(adapter / "adapter_config.json")
+    _, metadata, _ = read_header(folder / "adapter_model.safetensors")
+    config = read_json(folder / "adapter_config.json")
     found = {"task": metadata.get("task"), "model": config.get("base_model_name_or_path")}
     found |= {"revision": "main", "glue": "nyu-mll/glue", "max_length": "128"}
     found |= {name: metadata[name] for name in ("revision", "glue", "max_length") if name in metadata}
     given = vars(args) | ({"task": args.tasks} if alone else {})
     found |= {name: given[name] for name in found if given.get(name)}
     if found["task"] not in TASKS:
-        raise BadInput(f"{adapter} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
+        raise BadInput(f"{folder} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
     if not found["model"] or not isinstance(found["model"], str):
-        raise BadInput(f"{adapter} does not say its base model; give it with --model")
+        raise BadInput(f"{folder} does not say its base model; give it with --model")
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
         raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
     return found | {"max_length": int(found["max_length"])}
@@ -105,13 +114,13 @@ def load_base(name, revision):
     return load_encoder(folder, quiet=True), load_tokenizer(folder)
 
 
-def evaluate(adapter, about, device, submit):
+def evaluate(folder, about, device, submit):
     """Score one adapter, and write its test predictions if asked. Returns (rows of the table, paths written)."""
     task, source, length = about["task"], about["glue"], about["max_length"]
     encoder, tokenizer = load_base(about["model"], about["revision"])
     if not 8 <= length <= encoder.config.max_length:
         raise BadInput(f"--max-length {length}: {about['model']} takes 8 to {encoder.config.max_length} tokens")
-    model = load_tuned(encoder, adapter, task).to(device)
+    model = load_tuned(encoder, folder, task).to(device)
 
     def predictions(examples):
         return predict(model, task, encode_for(encoder.config, tokenizer, examples.texts, length))
@@ -121,7 +130,7 @@ def evaluate(adapter, about, device, submit):
         examples = load_task(task, source, split)
         scores = score(task, predictions(examples), examples.labels)
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
-        rows.append([adapter.name, task, split, metrics, f"{scores['score']:.1f}"])
+        rows.append([folder.name, task, split, metrics, f"{scores['score']:.1f}"])
     if submit:
         for split in TASKS[task].test:
             written.append(write_submission(submit, task, predictions(load_task(task, source, split)), split))
@@ -149,8 +158,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         device, found = find_device(args.device), adapters_in(args.adapter)
-        about = {adapter: described(adapter, args, len(found) == 1) for adapter in found}
-        done = [evaluate(adapter, about[adapter], device, args.submit) for adapter in found]
+        about = [described(folder, args, len(found) == 1) for folder in found]
+        done = [evaluate(folder, said, device, args.submit) for folder, said in zip(found, about, strict=True)]
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2

@@ -3,57 +3,43 @@
     python train.py                                    roberta-base on four GLUE tasks from the Hub; offline, the demo
     python train.py --demo                             the demo: a toy grammar and a tiny encoder, no network
     python train.py --model FOLDER --glue FOLDER --tasks rte,mrpc --methods joint,ortho --seeds 0,1,2
+    python train.py --out OUT --resume ...             go on with the run in OUT, or add methods and seeds to it
     torchrun --nproc-per-node 2 train.py ...           the same run, every batch shared out over two processes
 
-It ends with a table, and leaves results.json, results.md, timing.json, log.jsonl and the adapters in the out folder.
+It ends with a table, and leaves adapters, logs and results in the out folder: support/runs.py says how.
 """
 
 import argparse
 import contextlib
 import copy
-import dataclasses
 import json
 import math
 import os
-import platform
-import shlex
-import signal
 import sys
 import time
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import lora
 import lori
-from evaluate import find_device, predict
-from glue import (
-    TASKS,
-    batches_of_steps,
-    load_data,
-    load_tokenizer,
-    score,
-)
+from evaluate import find_device, load_tuned, predict, scores_in_training
+from glue import TASKS, batches_of_steps, load_data, load_tokenizer, score
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA, balance
-from support.checkpoint import (
-    BadInput,
-    Progress,
-    Stopped,
-    remove_state,
-    save_adapter,
-    save_masks,
-    write_text,
-)
-from support.hub import HubError, find_checkpoint, go_offline_if_hub_is_down
-from support.table import report, share_of_pairs, statistics, summary
+from support import runs, table
+from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
+from support.hub import HubError, find_checkpoint
+from support.runs import LOCAL_RANK, RANK, WORLD, agreed
 from support.toy import make_demo
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods and settings
 
 
 @dataclass(frozen=True)
@@ -75,26 +61,17 @@ METHODS = {
     "joint": Method("one shared adapter, the tasks' gradients added"),
     "pcgrad": Method("one shared adapter, all its factors projected as one vector", project=True),
     "ortho": Method("one shared adapter, each factor A and B projected alone: Ortho-LoRA", project=True),
-    "lori-ortho": Method(
-        "ortho with A frozen and random, so that only B is trained and projected", project=True, frozen_A=True
-    ),
+    "lori-ortho": Method("ortho with A frozen and random, so that only B is projected", project=True, frozen_A=True),
     "lori-d": Method("one adapter per task, A frozen and random: LoRI, dense", own=True, frozen_A=True),
-    "lori-s": Method(
-        "lori-d again, training only the tenth of B that it made largest: LoRI, sparse",
-        own=True,
-        frozen_A=True,
-        source="lori-d",
-    ),
+    "lori-s": Method("lori-d on the tenth of B that it made largest: LoRI, sparse", True, False, True, "lori-d"),
     "lora-merged": Method("single's adapters merged into one, not trained again", source="single"),
-    "lori-d-merged": Method("lori-d's adapters merged into one", frozen_A=True, source="lori-d"),
-    "lori-s-merged": Method("lori-s's adapters merged into one", frozen_A=True, source="lori-s"),
+    "lori-d-merged": Method("lori-d's adapters merged into one", source="lori-d"),
+    "lori-s-merged": Method("lori-s's adapters merged into one", source="lori-s"),
 }
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-STATE = "state.safetensors"  # in the out folder
 
 
-def setting(default, text, **more):
-    return field(default=default, metadata={"help": text, **more})
+def setting(default, text, choices=None, low=0, high=math.inf):
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
@@ -107,355 +84,252 @@ class Settings:
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
     tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
     methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()))
+    seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
     # adapter
-    rank: int = setting(8, "r of every LoRA layer")
-    alpha: float = setting(16.0, "scale = alpha / rank")
+    rank: int = setting(8, "r of every LoRA layer", low=1, high=100_000)
+    alpha: float = setting(16.0, "scale = alpha / rank", high=1e6)
     rslora: bool = setting(False, "scale = alpha / sqrt(rank) instead")
     targets: str = setting("", "linear layers to adapt, by name, or all-linear; default: query and value")
-    dropout: float = setting(0.0, "on the input of A, in training")
+    dropout: float = setting(0.0, "on the input of A, in training", high=0.99)
     encoder_dropout: bool = setting(False, "keep the frozen encoder's own dropout in training; without, it only reads")
     # projection
-    unit: str = setting("tensor", "what ortho projects as one vector", choices=["tensor", "factor", "all"])
-    factors: str = setting("AB", "project these; the other factor's gradients add up", choices=["A", "B", "AB"])
-    sequential: bool = setting(
-        False, "project off the others' gradients as projected so far, not the originals: slow, pair by pair"
-    )
-    combine: str = setting("sum", "what becomes of the projected gradients", choices=["sum", "mean"])
-    balance: bool = setting(False, "scale the tasks' gradients of the adapter to one norm, for joint too")
+    unit: str = setting("tensor", "what ortho projects as one vector", ["tensor", "factor", "all"])
+    factors: str = setting("AB", "project these; the other factor's gradients add up", ["A", "B", "AB"])
+    sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow")
+    combine: str = setting("sum", "what becomes of the projected gradients", ["sum", "mean"])
+    balance: bool = setting(False, "scale the tasks' gradients of the adapter to one norm first, for joint too")
     task_weights: str = setting("", "one number per task, multiplying its loss; default: 1 each")
     # LoRI
-    sparsity: float = setting(0.9, "lori-s leaves this share of B at zero")
-    sparse_lr: float = setting(0.0, "lori-s's learning rate for B, its heads keep --lr; 0: ten times --lr")
+    sparsity: float = setting(0.9, "lori-s leaves this share of B at zero", high=0.999999)
+    sparse_lr: float = setting(0.0, "lori-s's learning rate for B, its heads keep --lr; 0: ten times --lr", high=1e3)
     own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
-    merge: str = setting("cat", "how adapters are merged", choices=["cat", "linear"])
-    merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks")
-    continual: bool = setting(
-        False, "train the tasks one after the other; methods out of " + ", ".join(m for m in METHODS if METHODS[m].own)
-    )
-    disjoint: bool = setting(False, "with --continual: lori-s's masks share no entry")
+    merge: str = setting("cat", "how adapters are merged", ["cat", "linear"])
+    merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks", high=1e3)
     # training
-    steps: int = setting(600, "optimizer steps; each draws one batch from every task")
-    batch_size: int = setting(16, "examples per task and step")
-    window: int = setting(32, "batches that are shuffled, then sorted by length, together, to pad little; 1: plain")
-    lr: float = setting(5e-4, "peak learning rate, for adapter and heads")
-    warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly")
-    optimizer: str = setting("adamw", "SGD has momentum 0.9", choices=["adamw", "sgd"])
-    weight_decay: float = setting(0.01, "AdamW's, decoupled")
+    steps: int = setting(600, "optimizer steps; each draws one batch from every task", low=1, high=10_000_000)
+    batch_size: int = setting(16, "examples per task and step", low=1, high=10_000_000)
+    window: int = setting(
+        32, "batches' worth sorted by length together, to pad little; 1: plain", low=1, high=10_000_000
+    )
+    lr: float = setting(5e-4, "peak learning rate, for adapter and heads", high=1e3)
+    warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly", high=1)
+    optimizer: str = setting("adamw", "SGD has momentum 0.9", ["adamw", "sgd"])
+    weight_decay: float = setting(0.01, "AdamW's, decoupled", high=1e3)
     clip: float = setting(1.0, "largest norm of the whole gradient, after the projection; 0: no clipping")
-    max_length: int = setting(128, "tokens; longer pairs lose tokens from the longer sentence first")
-    seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
+    max_length: int = setting(128, "tokens; longer pairs lose tokens from the longer sentence first", low=8)
+    holdout: int = setting(0, "score on so many training rows of each task, held out: to choose settings by")
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting(
-        "auto",
-        "of the frozen encoder in training; the rest is float32. auto: bf16 on a GPU with it",
-        choices=["auto", "fp32", "bf16"],
-    )
+    dtype: str = setting("auto", "of the frozen encoder in training; auto: bf16 on a GPU", ["auto", "fp32", "bf16"])
     per_task: str = setting(
-        "auto",
-        "a pass forward and back for each task, or one for all tasks' sequences stacked; auto: stacked on a GPU",
-        choices=["auto", "loop", "stacked"],
+        "auto", "a pass per task, or one for all stacked: auto, on a GPU", ["auto", "loop", "stacked"]
     )
-    compile: bool = setting(False, "torch.compile the encoder: slow at first, then faster on a GPU")
-    holdout: int = setting(0, "hold this many training rows of each task out and score on them: to choose settings by")
-    deterministic: bool = setting(False, "ask torch for deterministic kernels: slower on a GPU, the same on a CPU")
-    out: str = setting("", "out folder; default: runs/demo, or runs/MODEL-DATE-TIME")
-    resume: bool = setting(False, "go on with the interrupted run in --out, under the same settings")
+    compile: bool = setting(False, "torch.compile the encoder: slow at first; what it gains is not measured")
+    out: str = setting("", "out folder; default: runs/MODEL-DATE-TIME")
+    resume: bool = setting(False, "keep what --out has finished, go on with what was interrupted, run what is missing")
     save_every: float = setting(60.0, "seconds between saves of what --resume needs")
+    eval_every: int = setting(0, "score every so many steps, into log.jsonl; 0: only at the end")
+    jobs: int = setting(1, "trainings at a time, in processes of one thread each", low=1, high=1000)
     demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
 
 
-DEMO = {  # what the demo changes
-    "tasks": "sst2,mrpc,mnli,stsb",
-    "steps": 120,
-    "lr": 4e-3,
-    "max_length": 64,
-    "seeds": "0,1,2",
+DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "steps": 120, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2"}
+UNBOUND = {"methods", "seeds", "out", "resume", "save_every", "eval_every", "jobs", "demo", "model", "glue", "device"}
+MOVED = {
+    "--evaluate": "python evaluate.py ADAPTER",
+    "--submit": "python evaluate.py ADAPTER --submit FOLDER",
+    "--continual": "python experiments/continual.py",
+    "--disjoint": "python experiments/continual.py --disjoint",
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-MOVED = {"--evaluate": "python evaluate.py ADAPTER", "--submit": "python evaluate.py ADAPTER --submit FOLDER"}
+RENAMED = {"role": "factor", "joint": "all"}  # values of --unit
 
 
 def parse(argv):
-    """The flags that were given, as {name: value}. Raises BadInput, naming the new command, for a flag that moved."""
+    """The flags that were given, as {name: value}. Raises BadInput for one that has moved."""
     for word in argv:
         if (flag := word.partition("=")[0]) in MOVED:
-            raise BadInput(f"{flag} is now a command of its own: {MOVED[flag]}")
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    for f in dataclasses.fields(Settings):
+            raise BadInput(f"{flag} has moved: {MOVED[flag]}")
+    parser = argparse.ArgumentParser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    for f in fields(Settings):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            shown = f" [{f.default}]" if f.default != "" else ""
-            parser.add_argument(flag, type=f.type, help=text + shown, choices=f.metadata.get("choices"))
+            options = f.metadata["choices"]
+            text += f" [{', '.join(options)}]" if options else ""
+            text += f" (default: {f.default})" if f.default != "" else ""
+            parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper())
     return vars(parser.parse_args(argv))
 
 
-def names(text, known, what):
-    """'a, b' -> ['a', 'b'], each in `known` and none twice."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    for name in found:
-        if name not in known:
-            raise BadInput(f"unknown {what} {name!r}; there are {', '.join(known)}")
-    if not found or len(set(found)) < len(found):
-        raise BadInput(f"--{what}s {text!r}: give each {what} once, at least one")
-    return found
-
-
-def numbers(text, kind, flag):
+def listed(text, flag, kind=str, known=None):
+    """'a, b' -> ['a', 'b'], each of them known and none twice (but numbers that are no integers). Raises BadInput."""
     try:
-        values = [kind(part) for part in text.split(",")]
+        values = [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise BadInput(f"{flag} {text!r} is not a list of numbers such as 0,1,2") from None
-    if not all(0 <= v < math.inf for v in values):
-        raise BadInput(f"{flag} {text!r}: negative or not finite")
+        raise BadInput(f"--{flag} {text!r} is not a list of numbers such as 0,1,2") from None
+    if stray := [x for x in values if known is not None and x not in known]:
+        raise BadInput(f"--{flag}: unknown {stray[0]!r}; there are {', '.join(known)}")
+    if kind is not float and len(set(values)) < len(values):
+        raise BadInput(f"--{flag} {text!r}: give each one once")
+    if kind is not str and not all(0 <= x < 2**63 for x in values):  # NaN is not
+        raise BadInput(f"--{flag} {text!r}: none below 0, none of 2^63 or more")
     return values
 
 
 def check(s):
-    """Every setting that can be judged by itself. Raises BadInput."""
-    for flag in ("rank", "steps", "batch_size", "window"):
-        if not 1 <= getattr(s, flag) <= 10_000_000:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside 1 to 10,000,000")
-    if s.max_length < 8:
-        raise BadInput(f"--max-length {s.max_length}: at least 8 is needed")
-    for flag, low, high in (
-        ("alpha", 0, 1e6),
-        ("lr", 0, 1e3),
-        ("weight_decay", 0, 1e3),
-        ("clip", 0, math.inf),
-        ("warmup", 0, 1),
-        ("dropout", 0, 0.99),
-        ("holdout", 0, 1e9),
-        ("sparse_lr", 0, 1e3),
-        ("merge_weight", 0, 1e3),
-        ("sparsity", 0, 0.999999),
-        ("save_every", 0, 1e9),
-    ):
-        if not low <= getattr(s, flag) <= high:  # NaN is not
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)} is outside {low} to {high}")
-    tasks = names(s.tasks, TASKS, "task")
-    methods = names(s.methods, [m for m in METHODS if METHODS[m].own or not s.continual], "method")
-    for method in methods:
-        if METHODS[method].source not in ("", *methods) and not s.continual:
-            raise BadInput(f"--methods: {method} is made from {METHODS[method].source}, so name that too")
-    if s.continual and len(tasks) < 2:
-        raise BadInput(f"--continual with one task, {s.tasks}: there is nothing to forget; name at least two")
-    if any(METHODS[method].merged for method in methods) and len(tasks) < 2:
+    """What can be judged before anything is loaded. Raises BadInput."""
+    for f in fields(s):
+        flag, value, choices = "--" + f.name.replace("_", "-"), getattr(s, f.name), f.metadata["choices"]
+        low, high = f.metadata["low"], f.metadata["high"]
+        if f.type in (int, float) and not low <= value <= high:  # NaN is not
+            raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
+        if choices and value not in choices:
+            renamed = f"; {value} is now called {RENAMED[value]}" if flag == "--unit" and value in RENAMED else ""
+            raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}{renamed}")
+    tasks, methods = listed(s.tasks, "tasks", known=TASKS), listed(s.methods, "methods", known=METHODS)
+    listed(s.seeds, "seeds", int)
+    if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
+        raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
+    if len(tasks) == 1 and any(METHODS[m].merged for m in methods):
         raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: there is nothing to merge; name at least two")
-    if s.disjoint and (not s.continual or round(len(tasks) * (1 - s.sparsity), 9) > 1):
-        raise BadInput(f"--disjoint needs --continual, and {len(tasks)} masks of --sparsity {s.sparsity} to fit into B")
+    for method in methods if not s.resume else ():  # with it, the out folder may have what this is made of
+        if METHODS[method].source not in ("", *methods):
+            raise BadInput(f"--methods: {method} is made from {METHODS[method].source}, so name that too")
     if "lori-ortho" in methods and "B" not in s.factors:
         raise BadInput(f"--factors {s.factors}: lori-ortho trains B alone, so it would project nothing")
     shared = [m for m in METHODS if METHODS[m].project or m == "joint"]
-    if s.balance and (s.continual or not set(shared) & set(methods)):
+    if s.balance and not set(shared) & set(methods):
         raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give {', '.join(shared)}")
-    if s.balance and s.task_weights:
-        raise BadInput("--balance gives every task the same weight: leave out --task-weights")
     if s.balance and s.factors != "AB":
         raise BadInput(f"--balance with --factors {s.factors}: the other factor would stay as it is; leave one out")
-    seeds = numbers(s.seeds, int, "--seeds")
-    if len(set(seeds)) < len(seeds) or max(seeds) >= 2**63:
-        raise BadInput(f"--seeds {s.seeds}: give each seed once, and none of 2^63 or more")
-    if s.task_weights and len(numbers(s.task_weights, float, "--task-weights")) != len(tasks):
-        raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
-    if s.resume and not (s.out or s.demo):
-        raise BadInput("--resume needs --out FOLDER: the folder of the run that was interrupted")
-    if s.resume and WORLD > 1:
-        raise BadInput("--resume continues the training of one process: leave out torchrun")
+    if s.resume and not s.out:
+        raise BadInput("--resume needs --out FOLDER: the folder of the run to go on with")
+    if s.batch_size % WORLD:
+        raise BadInput(f"--batch-size {s.batch_size} can't be shared out evenly over {WORLD} processes")
     if WORLD > 1 and s.device.startswith("cuda:"):
         raise BadInput(f"--device {s.device} under torchrun: each process takes its own; say cuda, or leave it out")
-
-
-def check_masks_fit(encoder, tasks, s):
-    """Raises BadInput where --disjoint's masks, each rounded to whole entries, are more than B has."""
-    if not (s.disjoint and "lori-s" in s.methods):
-        return
-    model = build("lori-s", encoder, tasks, 0, s)
-    n = sum(layer.B.numel() for layer in lora.lora_layers(model.encoder).values())
-    for name, k in {"the model": round((1 - s.sparsity) * n)}.items():
-        if k * len(tasks) > n:
-            raise BadInput(
-                f"--disjoint: {len(tasks)} masks of {k} entries do not fit into the {n} of {name}; "
-                "raise --sparsity a little"
-            )
-
-
-def check_out(out, s):
-    """Raises BadInput where --resume has nothing to go on with, or another run was interrupted in the out folder."""
-    if s.resume and not list(out.glob(STATE + "*")):
-        raise BadInput(f"--resume: no interrupted run in {out}" + ", it is finished" * (out / "results.json").exists())
-    if not s.resume and not s.demo and list(out.glob(STATE + "*")):
-        raise BadInput(f"--out {out} has an interrupted run: go on with it by --resume, or choose another --out")
-
-
-def open_out(folder, s):
-    """Make the out folder, and take an earlier run's results out of it, or, to resume, what a kill left half-written.
-
-    Raises BadInput where it can't be written, and as `check_out` does.
-    """
-    out = Path(folder)
-    if RANK:
-        return out
-    check_out(out, s)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in [*out.glob(".*.tmp"), *out.glob("*/seed*/*/.*.tmp")]:
-            path.unlink()
-        if not s.resume:
-            for name in ("results.json", "results.md", "timing.json"):
-                (out / name).unlink(missing_ok=True)
-            remove_state(out / STATE)
-            (out / "log.jsonl").write_text("")
-    except OSError as e:
-        raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
-    return out
+    if s.jobs > 1 and WORLD > 1:
+        raise BadInput(f"--jobs {s.jobs} under torchrun: leave one of the two out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model
+# The model and its loss
 
 
-def device_of(model):
-    return next(model.parameters()).device
+def seed_of(*parts):
+    """A seed out of what it is a function of: seeds, steps, names."""
+    return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
-def copy_modules(encoder):
-    """A copy with modules of its own, and the same (frozen) weights."""
-    return copy.deepcopy(encoder, {id(p): p for p in encoder.parameters()})
-
-
-def halve(encoder):
-    """Make the frozen weights bf16, once, where autocast would at every use; A and B stay float32.
-
-    The activations are bf16 then, too: `LoRALinear` casts its factors to what it is given.
-    """
-    for module in encoder.modules():
-        if not isinstance(module, lora.LoRALinear):
-            for name, p in list(module.named_parameters(recurse=False)):
-                setattr(module, name, torch.nn.Parameter(p.bfloat16(), requires_grad=False))
-
-
-def build(method, encoder, tasks, seed, s):
-    """A copy of the encoder with LoRA, and a head for each of `tasks`, on the encoder's device.
+def build(method, frozen, tasks, seed, s):
+    """A model of the frozen encoder's weights with LoRA, and a head for each of `tasks`.
 
     A depends on the seed alone and a head on the seed and its task, so every method starts from the same numbers; but
     where an A of its own is wanted (LoRI's adapters, to be merged), it depends on the seed and the tasks.
     """
     torch.manual_seed(seed)
-    model = MultiTaskModel(copy_modules(encoder), {})
-    targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
+    shared = {id(p): p for p in frozen.parameters()}  # modules of its own, the same weights
+    model = MultiTaskModel(copy.deepcopy(frozen, shared), {})
     try:
-        lora.add_lora(model.encoder, targets, s.rank, s.alpha, s.dropout, rslora=s.rslora)
+        targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
+        layers = lora.add_lora(model.encoder, targets, s.rank, s.alpha, s.dropout, rslora=s.rslora)
     except ValueError as e:
         raise BadInput(f"--targets {s.targets}: {e}") from None
     for data in tasks:
-        torch.manual_seed(zlib.crc32(f"{data.name} {seed}".encode()))
+        torch.manual_seed(seed_of(data.name, seed))
         model.add_head(data.name, TASKS[data.name].outputs)
         if data.regression:  # start from the mean label; its distance from 0 is nothing to learn
             torch.nn.init.constant_(model.heads[data.name].out.bias, data.majority())
-    if method == "head":
-        model.encoder.requires_grad_(False)
     if METHODS[method].frozen_A or (method == "single" and s.own_a):
-        lori.draw_A(model.encoder, zlib.crc32(f"{','.join(d.name for d in tasks)} {seed}".encode()))
-        for layer in lora.lora_layers(model.encoder).values():
-            layer.A.requires_grad_(method == "single")
-    if s.dtype == "bf16":
-        halve(model.encoder)
+        lori.draw_A(model.encoder, seed_of(",".join(data.name for data in tasks), seed))
+    for layer in layers.values():
+        layer.A.requires_grad_(method != "head" and not METHODS[method].frozen_A)
+        layer.B.requires_grad_(method != "head")
     if s.compile:
         torch._dynamo.config.cache_size_limit = 64  # 8 are too few: mask or none, trained or not, each method
         model.encoder.compile(dynamic=True)
-    torch.manual_seed((seed * WORLD + RANK) % 2**63)  # dropout
-    return model.to(device_of(encoder))
+    return model.to(next(frozen.parameters()).device)
 
 
-def projected_blocks(model, method, s):
-    """The blocks for `OrthoLoRA`, and a name for each: a factor's path, or the roles in it."""
-    if not METHODS[method].project and not (method == "joint" and s.balance):
-        return [], []
-    layers = lora.lora_layers(model.encoder)
-    paths = {id(p): f"{path}.{f}" for path, layer in layers.items() for f, p in (("A", layer.A), ("B", layer.B))}
-    blocks = lora.blocks(model.encoder, "all" if method == "pcgrad" else s.unit, s.factors)
-    found = [[paths[id(p)] for p in block] for block in blocks]
-    return blocks, [x[0] if len(x) == 1 else "".join(sorted({path[-1] for path in x})) for x in found]
-
-
-def task_losses(model, batch, s):
-    """One loss for each task in the batch: cross-entropy, or the squared error over the labels' variance, in float32.
-
-    Each is a mean over the step's examples, so that what several processes have adds up.
-    """
+def task_losses(model, batch):
+    """One loss for each task in the batch, in float32: cross-entropy, or squared error over the labels' variance."""
     hidden = model.encoder(batch.ids, batch.mask, batch.types, tokens=1)  # (sequences, 1, width)
-    found = []
-    for data, x, labels in zip(
-        batch.tasks, model.encoder.summary(hidden).float().split(batch.sizes), batch.labels, strict=True
-    ):
+    losses, parts = [], model.encoder.summary(hidden).float().split(batch.sizes)
+    for data, x, labels in zip(batch.tasks, parts, batch.labels, strict=True):
         logits = model.heads[data.name](x)  # (size, outputs)
         if data.regression:
-            total = F.mse_loss(logits.squeeze(1), labels, reduction="sum") / data.label_variance()
+            losses.append(F.mse_loss(logits.squeeze(1), labels) / data.label_variance())
         else:
-            total = F.cross_entropy(logits, labels, reduction="sum")
-        found.append(total / s.batch_size)
-    return found
-
-
-def merged(model, encoder):
-    """`model` for scoring: the adapter merged into `encoder`'s float32 weights, the same heads."""
-    plain = MultiTaskModel(copy_modules(encoder), {})
-    lori.insert(plain.encoder, lori.adapter(model.encoder))
-    lora.merge_lora(plain.encoder)
-    plain.heads = model.heads
-    return plain
+            losses.append(F.cross_entropy(logits, labels))
+    return losses
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several processes: torchrun --nproc-per-node N train.py ... All arrive at the same adapter; the first one writes.
+# One step
 
 
-def join_processes(s):
-    """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
+def projected_blocks(method, model, s):
+    """The blocks for `OrthoLoRA`, and a name for each: its factor's path, or which factors are in it."""
+    blocks = lora.blocks(model.encoder, "all" if method == "pcgrad" else s.unit, s.factors)
+    names = {id(p): name for name, p in model.encoder.named_parameters()}
+    paths = [[names[id(p)] for p in block] for block in blocks]
+    return blocks, [x[0] if len(x) == 1 else "".join(sorted({path[-1] for path in x})) for x in paths]
+
+
+def projection(method, model, num_tasks, s):
+    """The method's OrthoLoRA, or None where gradients just add up. (--balance: joint has one, to scale its rows.)"""
+    if not METHODS[method].project and not (method == "joint" and s.balance):
+        return None
+    share = [1 / num_tasks] * num_tasks if s.combine == "mean" and METHODS[method].project else None
+    return OrthoLoRA(projected_blocks(method, model, s)[0], num_tasks, weights=share, sequential=s.sequential)
+
+
+def one_by_one(model, batches, ortho, seed):
+    """A pass forward and back for each task. Returns every task's loss, (T,)."""
+    losses = []
+    for t, batch in enumerate(batches):
+        torch.manual_seed(seed_of(seed, batch.tasks[0].name))  # a task has the same dropout alone and among others
+        (loss,) = task_losses(model, batch)
+        (batch.tasks[0].weight * loss).backward()
+        if ortho:
+            ortho.collect(t)  # .grad of A and B moves to the task's row; the head keeps its own
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def stacked(model, batches, ortho, seed):
+    """One pass for all tasks' sequences, with their gradients kept apart. Returns every task's loss, (T,)."""
+    (batch,) = batches
+    torch.manual_seed(seed)
+    with lora.per_task(model.encoder, batch.sizes) if ortho else contextlib.nullcontext() as grads:
+        losses = task_losses(model, batch)
+        sum(data.weight * loss for data, loss in zip(batch.tasks, losses, strict=True)).backward()
+    if ortho:
+        ortho.collect_stacked(grads)
+        for p, own in grads.items():
+            if own.grad is not None:  # a factor in no block: its gradients just add up
+                p.grad = own.grad.sum(0)
+    return torch.stack(losses).detach()
+
+
+def gradients(method, model, batches, ortho, seed, s):
+    """One step's gradients into .grad. Returns each task's loss, (T,), and what the projection saw, or None.
+
+    seed: the step's. The order of projection is drawn from it on every process alike, dropout on each its own.
+    """
+    one_pass = stacked if s.per_task == "stacked" else one_by_one
+    losses = one_pass(model, batches, ortho, seed_of(seed, RANK))
     if WORLD > 1:
-        device = find_device(s.device, int(os.environ.get("LOCAL_RANK", 0)))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
-
-
-def leave_processes():
-    """Part from the other processes; left to the interpreter's end, gloo's threads can abort it."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def sum_over_processes(x):
-    """`x`, added up over all processes in place."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def sum_gradients(parameters):
-    """Add every .grad up over all processes, in one all-reduce."""
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(grad.view_as(p))
+        runs.average(losses, *(p.grad for p in model.parameters()), ortho and ortho.rows)
+    if ortho is None:
+        return losses, None
+    if s.balance:
+        balance(ortho.rows)
+    ortho.generator.manual_seed(seed)
+    nobody = torch.empty(len(losses), 0, dtype=torch.long)  # joint's rows meet nobody: they add up
+    return losses, ortho.project(None if METHODS[method].project else nobody)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,530 +342,243 @@ def lr_at(step, s):
     return min((step + 1) / warm, (s.steps - step) / max(1, s.steps - warm + 1))
 
 
-def projection(method, model, tasks, seed, s):
-    """The method's OrthoLoRA (for joint with --balance one that only scales), or None where gradients just add up."""
-    blocks, _ = projected_blocks(model, method, s)
-    if not blocks:
-        return None
-    share = [1 / len(tasks)] * len(tasks) if s.combine == "mean" and METHODS[method].project else None
-    generator = torch.Generator().manual_seed(seed)
-    return OrthoLoRA(blocks, len(tasks), weights=share, generator=generator, sequential=s.sequential)
+def make_optimizer(method, trained, s):
+    """AdamW or SGD, with each group's peak rate: lori-s's B has one of its own."""
+    adapter = [p for name, p in trained.items() if name.startswith("encoder.")]
+    heads = [p for name, p in trained.items() if not name.startswith("encoder.")]
+    lr = (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
+    groups = [{"params": params, "peak": peak} for params, peak in ((adapter, lr), (heads, s.lr)) if params]
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    return torch.optim.AdamW(groups, weight_decay=s.weight_decay)
 
 
-def gradients(method, model, tasks, parts, ortho, s):
-    """One step's gradients into .grad: (each task's loss, (T,), and `Conflicts` or None). `parts`: see `draw`."""
-    losses = torch.zeros(len(tasks), device=device_of(model))
-    for batch in parts:
-        stacked = ortho and len(batch.tasks) > 1
-        with lora.per_task(model.encoder, batch.sizes) if stacked else contextlib.nullcontext() as grads:
-            found = task_losses(model, batch, s)
-            sum(data.weight * loss for data, loss in zip(batch.tasks, found, strict=True)).backward()
-        places = [tasks.index(data) for data in batch.tasks]
-        if stacked:
-            ortho.collect_stacked(grads)
-            for p, own in grads.items():
-                if own.grad is not None:  # a factor in no block: its gradients just add up
-                    p.grad = own.grad.sum(0)
-        elif ortho:
-            ortho.collect(places[0])  # .grad of A and B moves to the task's row; the head keeps its own
-        for place, loss in zip(places, found, strict=True):
-            losses[place] = loss.detach()
-    if WORLD > 1:
-        collected = {id(p) for p in ortho.parameters} if ortho else ()
-        sum_gradients([p for p in model.parameters() if p.requires_grad and id(p) not in collected])
-        if ortho:
-            dist.all_reduce(ortho.rows)
-    if ortho is None:
-        return losses, None
-    if s.balance:
-        balance(ortho.rows)
-    nobody = torch.empty(len(losses), 0, dtype=torch.long)  # joint's rows meet nobody: they add up
-    return losses, ortho.project(None if METHODS[method].project else nobody)
-
-
-def train(method, model, tasks, seed, s, log, bar, progress):
-    """Train what is trainable of a built model on `tasks`. Returns (conflict statistics or None, seconds per step).
-
-    From the first step, or from the one that `progress` has; if that is beyond the last, this only fills in the model.
-    """
-    device, lr = device_of(model), (s.sparse_lr or 10 * s.lr) if method == "lori-s" else s.lr
-    adapter = [p for p in model.encoder.parameters() if p.requires_grad]
-    heads = [p for data in tasks for p in model.heads[data.name].parameters()]
-    groups = [{"params": p, "peak": peak} for p, peak in ((adapter, lr), (heads, s.lr)) if p]
-    if s.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, weight_decay=s.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=0.9)
-    ortho = projection(method, model, tasks, seed, s)
-    totals, times, trained = None, [], adapter + heads
-    good = torch.tensor(True, device=device)  # no loss or gradient so far was NaN or infinite
-    bad = torch.zeros(1 + len(tasks) + len(trained), device=device)  # if so: the first such step, its losses and norms
-
-    def state():
-        """All that the next step depends on."""
-        tensors = {f"parameter {i}": p for i, p in enumerate(trained)}
-        tensors |= {f"{k} {i}": v for i, p in enumerate(trained) for k, v in optimizer.state[p].items()}
-        tensors |= {f"total {i}": x for i, x in enumerate(totals or ())} | {"dropout": torch.get_rng_state()}
-        if device.type == "cuda":
-            tensors["dropout on the GPU"] = torch.cuda.get_rng_state(device)
-        return tensors | ({"order": ortho.generator.get_state()} if ortho else {})
-
-    def check():
-        """Raise FloatingPointError if a loss or gradient so far was not finite. Waits for the device."""
-        if not sum_over_processes((~good).float()):
-            return
-        at, values, norms = int(bad[0]), bad[1 : 1 + len(tasks)].tolist(), bad[1 + len(tasks) :]
-        found = [f"the loss of {d.name} is {v}" for d, v in zip(tasks, values, strict=True) if not math.isfinite(v)]
-        by_id = {id(p): name for name, p in model.named_parameters()}
-        wrong = [by_id[id(p)] for p, fine in zip(trained, norms.isfinite().tolist(), strict=True) if not fine]
-        if wrong:
-            among = f" (tasks {', '.join(d.name for d in tasks)})" if not found else ""
-            found.append(f"the gradient of {wrong[0]} is not finite{among}")
-        raise FloatingPointError(f"{method}, seed {seed}, step {at}: " + (" and ".join(found) or "in another process"))
-
-    tensors, start, seconds = progress.enter()
-    for i, p in enumerate(trained if tensors else ()):
-        p.data.copy_(tensors[f"parameter {i}"])
-        for name in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if (value := tensors.get(f"{name} {i}")) is not None:
-                optimizer.state[p][name] = value if name == "step" else value.to(device)
-    if "total 0" in tensors:
-        totals = [tensors[f"total {i}"].to(device) for i in range(3)]
-    if "dropout" in tensors:
-        torch.set_rng_state(tensors["dropout"])
-    if "dropout on the GPU" in tensors:
-        torch.cuda.set_rng_state(tensors["dropout on the GPU"], device)
-    if "order" in tensors:
-        ortho.generator.set_state(tensors["order"])
+def train(unit, model, tasks, encoder, s, log, bar):
+    """Train a built model, from its first step or from where the unit was interrupted. Returns (Watch, s per step)."""
+    device = next(model.parameters()).device
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, ortho = make_optimizer(unit.method, trained, s), projection(unit.method, model, len(tasks), s)
+    watch = runs.Watch(unit.tasks, trained, s.steps, device)
+    start, spent = runs.resume(unit, trained, optimizer, watch, log)
     bar.update(start * len(tasks))
     model.train()
-    if not s.encoder_dropout:
-        model.encoder.eval()
-        for layer in lora.lora_layers(model.encoder).values():
-            layer.train()
+    model.encoder.train(s.encoder_dropout)  # without, only heads and LoRA layers know that this is training
+    for layer in lora.lora_layers(model.encoder).values():
+        layer.train()
 
-    pad_id = model.encoder.config.pad_token_id
-    stream = batches_of_steps(tasks, seed, s, pad_id, device, start, RANK, WORLD)
-    for step, parts in zip(range(start, s.steps), stream, strict=False):
-        begin = time.perf_counter()
+    begin = saved = time.perf_counter()
+    stream = batches_of_steps(tasks, unit.seed, s, model.encoder.config.pad_token_id, device, start, RANK, WORLD)
+    for step, batches in zip(range(start, s.steps), stream, strict=False):
         optimizer.zero_grad()
-        losses, conflicts = gradients(method, model, tasks, parts, ortho, s)
-        bar.update(len(tasks))
-        if conflicts:
-            seen = [x.float() for x in (conflicts.conflicts, conflicts.cosines, conflicts.removed)]
-            totals = seen if totals is None else [a + b for a, b in zip(totals, seen, strict=True)]
-        norms = torch.stack(torch._foreach_norm([p.grad if p.grad is not None else losses[:0] for p in trained]))
-        norm, seen = norms.norm(), torch.cat([losses.new_full((1,), step), losses, norms])
-        first = good & ~seen.isfinite().all()
-        good, bad = good & ~first, torch.where(first, seen, bad)
-        torch.nn.utils.clip_grads_with_norm_(trained, s.clip or math.inf, norm)
+        losses, conflicts = gradients(unit.method, model, batches, ortho, seed_of(unit.seed, step), s)
+        norms = torch.stack(torch._foreach_norm([losses[:0] if p.grad is None else p.grad for p in trained.values()]))
+        torch.nn.utils.clip_grads_with_norm_(trained.values(), s.clip or math.inf, norms.norm())
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, s)
         optimizer.step()
+        watch.see(step, losses, norms, conflicts)
+        bar.update(len(tasks))
 
-        if step % max(1, s.steps // 50) == 0 or step == s.steps - 1:  # only here the host waits for the device
-            check()
-            values = dict(zip([data.name for data in tasks], sum_over_processes(losses).tolist(), strict=True))
-            entry = {
-                "method": method,
-                "seed": seed,
-                "step": step,
-                "lr": lr * lr_at(step, s),
-                "loss": values,
-                "grad_norm": norm.item(),
-            }
-            if ortho:
-                entry["conflict_rate"] = share_of_pairs(conflicts.conflicts.float()).mean().item()
+        last, now = step == s.steps - 1, time.perf_counter()
+        logged, due = last or step % max(1, s.steps // 50) == 0, not last and now - saved >= s.save_every
+        if logged or due:  # only here the host waits for the device
+            watch.check(unit)
+        if logged:
+            entry = {"step": step, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norms.norm().item()}
+            entry["loss"] = dict(zip(unit.tasks, losses.tolist(), strict=True))
+            if conflicts is not None:
+                entry["conflict_rate"] = conflicts.rate.item()
+                entry["effective"] = dict(zip(unit.tasks, conflicts.effective.tolist(), strict=True))
             print(json.dumps(entry), file=log, flush=True)
-        if device.type == "cuda" and step in (0, s.steps - 1):
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-        seconds = float(np.median(times)) if device.type == "cpu" else float(np.mean(times[1:] or times))
-        if step == s.steps - 1:
-            check()
-            kept = {name: x for name, x in state().items() if name.startswith(("parameter", "total", "dropout"))}
-            progress.save(kept, step, seconds, log)
-        elif progress.due():
-            check()
-            progress.save(state(), step, seconds, log)
-    names = projected_blocks(model, method, s)[1], [data.name for data in tasks]
-    stats = None if totals is None else statistics(totals, *names, s.steps)
-    return stats, seconds
+        if s.eval_every and (step + 1) % s.eval_every == 0 and not RANK:
+            print(json.dumps({"step": step, "scores": scores_in_training(model, encoder, tasks)}), file=log, flush=True)
+        if due and not RANK:
+            runs.save(unit, step + 1, spent + now - begin, trained, optimizer, watch, log)
+            saved = time.perf_counter()
+    return watch, (spent + time.perf_counter() - begin) / s.steps
 
 
-def run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, done=None):
-    """Train and score one method with one seed: its entry for results.json, and its timing.
+# ---------------------------------------------------------------------------------------------------------------------
+# A unit: train or merge, save, score
 
-    done: these two, if an interrupted run had got so far; then this only fills in what other methods need.
 
-    kept: {method: {task: (adapter, head, trained scalars)}} of the per-task methods that this seed has run, for those
-    that are made from them; this adds to it.
-    """
-    reset_peak_memory(device_of(encoder))
-    entry = {"tasks": {}, "average": 0.0, "adapter_parameters": 0, "head_parameters": 0}
-    seconds, masks = 0.0, None
-    for group in [[data] for data in tasks] if METHODS[method].own else [tasks]:
-        bar.set_description(f"{method} seed {seed}" + (f" {group[0].name}" if METHODS[method].own else ""))
-        model = build(method, encoder, group, seed, s)
-        if METHODS[method].merged:
-            own = [kept[METHODS[method].source][data.name] for data in tasks]
-            adapters = [adapter for adapter, _, _ in own]
-            weights = [s.merge_weight or 1 / len(tasks)] * len(tasks)
-            lori.insert(model.encoder, lori.merge(adapters, weights, s.merge))
-            entry["cosines"] = lori.delta_cosines(adapters).numpy().round(6).tolist()
-            entry["adapter_parameters"] = sum(count for _, _, count in own)
-            for data, (_, head, _) in zip(tasks, own, strict=True):
-                model.heads[data.name] = head
+def run(unit, encoder, frozen, tasks, s, bar):
+    """Train a unit, or merge it out of others; then save its adapters, and score them as they are on disk."""
+    method, tasks = METHODS[unit.method], [data for data in tasks if data.name in unit.tasks]
+    bar.set_description(str(unit))
+    with contextlib.ExitStack() as stack:
+        agreed(lambda: stack.enter_context(runs.locked(unit.folder)))
+        if agreed(lambda: unit.finished):  # meanwhile, by another process
+            bar.update(0 if method.merged else s.steps * len(tasks))
+        elif method.merged:
+            agreed(lambda: run_merge(unit, encoder, tasks, s))
         else:
-            if method == "lori-s":  # the mask out of lori-d's B; then all over again, on the same A
-                masks = calibrated_masks(model, kept["lori-d"][group[0].name][0], s)
-                masked = lori.MaskedB(model.encoder, masks)
-            trained = lori.trained_scalars(model.encoder)
-            entry["adapter_parameters"] += trained
-            stats, per_step = train(method, model, group, seed, s, log, bar, progress)
-            seconds += per_step
-            if stats:
-                entry["conflicts"] = stats
-            if masks:
-                masked.remove()
-        if METHODS[method].own:
-            data = group[0]
-            kept.setdefault(method, {})[data.name] = lori.adapter(model.encoder), model.heads[data.name], trained
-        if done:
-            continue
-        scorer = merged(model, encoder)
-        for data in group:
-            entry["head_parameters"] += sum(p.numel() for p in model.heads[data.name].parameters())
-            entry["tasks"][data.name] = score(
-                data.name, predict(scorer, data.name, data.validation), data.validation_labels
-            )
-            save(model, data, method, seed, s, out, masks)
-        progress.stop_if_asked()
-    if done:
-        return done
-    entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
-    return entry, {"seconds_per_step": seconds, "peak_memory_bytes": peak_memory(device_of(encoder))}
+            run_training(unit, encoder, frozen, tasks, s, bar)
 
 
-def save(model, data, method, seed, s, out, masks=None):
-    """Write one task's adapter, its mask if it has one, and what scoring it again takes."""
-    if RANK:
-        return
-    metadata = {"method": method, "seed": str(seed), "revision": s.revision, "glue": s.glue}
-    metadata |= {"max_length": str(s.max_length)}
-    folder = save_adapter(model, out / method / f"seed{seed}" / data.name, data.name, s.model, metadata)
+def run_training(unit, encoder, frozen, tasks, s, bar):
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    model, masks = build(unit.method, frozen, tasks, unit.seed, s), None
+    if unit.source:  # lori-s: the mask out of lori-d's B; then all over again, on the same A
+        masks = agreed(lambda: masks_of(unit, encoder, s))
+        masked = lori.MaskedB(model.encoder, masks)
+    result = {"adapter_parameters": lori.trained_scalars(model.encoder)}
+    with open(os.devnull if RANK else unit.folder / "log.jsonl", "a", encoding="utf-8") as log:
+        watch, seconds = train(unit, model, tasks, encoder, s, log, bar)
+    if watch.sums:
+        result["conflicts"] = table.statistics(watch, projected_blocks(unit.method, model, s)[1])
     if masks:
-        save_masks(folder, masks)
+        masked.remove()
+    agreed(lambda: finish(unit, model, encoder, tasks, result, seconds, s, masks))
 
 
-def calibrated_masks(model, adapter, s, exclude=None):
-    """The masks that an adapter trained without any asks for; leaves `model` with the same A, and B = 0."""
+def masks_of(unit, encoder, s):
+    """lori-s's masks, on the CPU, out of what lori-d trained."""
+    (task,) = unit.tasks
+    dense = load_tuned(encoder, unit.adapter(task, unit.source), task)
     try:
-        lori.insert(model.encoder, adapter)
-        masks = lori.magnitude_masks(model.encoder, s.sparsity, exclude)
+        return {path: mask.cpu() for path, mask in lori.magnitude_masks(dense.encoder, s.sparsity).items()}
     except ValueError as e:
         raise BadInput(f"lori-s: {e}") from None
-    for layer in lora.lora_layers(model.encoder).values():
-        torch.nn.init.zeros_(layer.B)
-    return masks
 
 
-def run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress):
-    """Train one adapter on the tasks one after the other; a head each. Its entry for results.json.
-
-    "matrix": row k has the scores of tasks 0 to k after stage k. "forgetting": how far a task's score has fallen, from
-    after its own stage to the end, averaged over all tasks but the last. "overlap": the share of a lori-s mask's
-    entries that an earlier task's mask has too, averaged over the pairs.
-    """
-    bar.set_description(f"{method} seed {seed}")
-    model, matrix, used, overlaps = build(method, encoder, tasks, seed, s), [], [], []
-    for stage, data in enumerate(tasks):
-        if method == "lori-s":  # the mask from a run of the task's own, from B = 0 on the same A
-            probe = build("lori-d", encoder, tasks, seed, s)
-            train("lori-d", probe, [data], seed, s, log, bar, progress)
-            masks = calibrated_masks(probe, lori.adapter(probe.encoder), s, used if s.disjoint else None)
-            masked = lori.MaskedB(model.encoder, masks)  # other entries stay as earlier tasks left them
-        train(method, model, [data], seed, s, log, bar, progress)
-        if method == "lori-s":
-            masked.remove()
-            overlaps += [lori.overlap(masks, earlier) for earlier in used]
-            used.append(masks)
-        seen, scorer = tasks[: stage + 1], merged(model, encoder)
-        matrix.append(
-            [score(d.name, predict(scorer, d.name, d.validation), d.validation_labels)["score"] for d in seen]
-        )
-    for stage, data in enumerate(tasks):
-        save(model, data, method, seed, s, out, used[stage] if used else None)
-    forgetting = float(np.mean([matrix[t][t] - matrix[-1][t] for t in range(len(tasks) - 1)]))
-    entry = {"matrix": matrix, "average": float(np.mean(matrix[-1])), "forgetting": forgetting}
-    return entry | ({"overlap": float(np.mean(overlaps))} if overlaps else {})
+def run_merge(unit, encoder, tasks, s):
+    """An adapter that is the mean of the tasks' own, as they are on disk; each task keeps its head."""
+    parts = [load_tuned(encoder, unit.adapter(data.name, unit.source), data.name) for data in tasks]
+    adapters, weights = [lori.adapter(part.encoder) for part in parts], [s.merge_weight or 1 / len(parts)] * len(parts)
+    model = MultiTaskModel(copy.deepcopy(encoder), {})
+    lori.insert(model.encoder, lori.merge(adapters, weights, s.merge))
+    for data, part in zip(tasks, parts, strict=True):
+        model.heads[data.name] = part.heads[data.name]
+    own = [read_json(unit.adapter(data.name, unit.source) / "result.json") for data in tasks]
+    result = {"adapter_parameters": sum(x["adapter_parameters"] for x in own)}
+    result["cosines"] = lori.delta_cosines(adapters).numpy().round(6).tolist()
+    finish(unit, model, encoder, tasks, result, 0.0, s)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time and memory
-
-
-def reset_peak_memory(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the process's peak
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's allocator, or of the whole process; None where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return None
-
-
-def passes(method, s):
-    """How many times a method trains --steps steps on each task."""
-    if METHODS[method].merged:
-        return 0
-    return 2 if s.continual and method == "lori-s" else 1
-
-
-def estimate(encoder, tasks, methods, seeds, s):
-    """Seconds that the whole run will take, from a few batches timed."""
-    model = build("joint", encoder, tasks, 0, s)
-    times = {True: 0.0, False: 0.0}  # with and without a backward pass, one batch of each task
-    for backward in (True, False):
-        stream = batches_of_steps(tasks, 0, s, encoder.config.pad_token_id, device_of(encoder), 0, RANK, WORLD)
-        for step, parts in zip(range(3), stream, strict=False):
-            begin = time.perf_counter()
-            for batch in parts:
-                with torch.set_grad_enabled(backward):
-                    loss = sum(task_losses(model, batch, s))
-                if backward:
-                    loss.backward()
-                sum(p.grad.sum() for p in model.parameters() if p.grad is not None) + loss.item()  # wait for the device
-            if step:  # the first one warms up
-                times[backward] += (time.perf_counter() - begin) / 2
-    steps = sum(times[method != "head"] * passes(method, s) for method in methods) * s.steps
-    scored = (len(tasks) + 1) / 2 if s.continual else 1  # times that a task is scored
-    scoring = times[False] / len(tasks) / s.batch_size * sum(len(d.validation) for d in tasks) * len(methods) * scored
-    return (steps + scoring) * len(seeds)
-
-
-def clock(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def fingerprints(encoder, tasks):
-    """Checksums of what a run reads, so that it is not resumed with anything else."""
-    found = {"the weights of the model": 0}
-    for p in encoder.parameters():
-        found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
+def finish(unit, model, encoder, tasks, result, seconds, s, masks=None):
+    """Save a unit's adapters, score what was saved, and say that it is finished."""
+    about = {"method": unit.method, "seed": str(unit.seed), "revision": s.revision, "glue": s.glue}
+    about["max_length"] = str(s.max_length)
+    result |= {"head_parameters": sum(p.numel() for p in model.heads.parameters()), "tasks": {}}
     for data in tasks:
-        rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
-        labels = np.concatenate([data.train_labels, data.validation_labels])
-        found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
-    return found
-
-
-def hardware(device):
-    one = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{WORLD} × {one}" if WORLD > 1 else one
+        folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)
+        if masks:
+            write_safetensors(folder / "masks.safetensors", masks)
+        predictions = predict(load_tuned(encoder, folder, data.name), data.name, data.validation)
+        result["tasks"][data.name] = score(data.name, predictions, data.validation_labels)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+    timing = {"seconds_per_step": seconds, "steps": s.steps, "peak_memory_bytes": memory}
+    unit.finish(result, timing | {"hardware": runs.hardware(encoder), "source": runs.source_checksum()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The jobs
+# The job
 
 
-@contextlib.contextmanager
-def heeding_signals(progress):
-    """While it lasts, Ctrl-C and SIGTERM let the step end and its state be saved; a second one ends at once."""
-
-    def heed(number, _):
-        progress.signal = number
-        signal.signal(number, before[number])
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    try:
-        for number in before:
-            signal.signal(number, heed)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def prepare(s, device):
-    """(encoder, tasks): everything that can fail on bad input has been read when this returns."""
-    print(f"loading {s.model}, and {s.tasks} from {s.glue}", flush=True)
-    go_offline_if_hub_is_down(s.model, s.glue)
+def load(s):
+    """(encoder, frozen, tasks): all that a run reads. Trainings read `frozen`, in --dtype; scores are the encoder's."""
     folder = find_checkpoint(s.model, s.revision)
     tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
     if s.max_length > encoder.config.max_length:
         raise BadInput(f"--max-length {s.max_length}: {s.model} takes at most {encoder.config.max_length} tokens")
-    if tokenizer.get_vocab_size() > encoder.config.vocab_size:
-        raise BadInput(
-            f"{folder}: tokenizer.json knows {tokenizer.get_vocab_size()} tokens, the model only "
-            f"{encoder.config.vocab_size}"
-        )
-    tasks, weights = names(s.tasks, TASKS, "task"), numbers(s.task_weights, float, "") if s.task_weights else ()
-    tasks = [load_data(name, s.glue, tokenizer, encoder.config, s.max_length, s.holdout) for name in tasks]
-    for data, weight in zip(tasks, weights, strict=False):
-        data.weight = weight
-    return encoder.to(device), tasks
+    names = listed(s.tasks, "tasks")
+    weights = listed(s.task_weights, "task-weights", float) if s.task_weights else [1.0] * len(names)
+    tasks = [
+        load_data(name, s.glue, tokenizer, encoder.config, s.max_length, s.holdout, weight)
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    encoder = encoder.to(find_device(s.device, LOCAL_RANK))
+    return encoder, copy.deepcopy(encoder).bfloat16() if s.dtype == "bf16" else encoder, tasks
 
 
-def compare(s):
-    """Train every method with every seed, and print the table."""
+def load_or_demo(s, given):
+    """What `load` gives; the demo's, where nothing was asked for by name and the Hub has nothing to give."""
+    if not s.demo:
+        print(f"loading {s.model}, and {s.tasks} from {s.glue}", flush=True)
+        try:
+            return agreed(lambda: load(s), everywhere=True)
+        except HubError as e:
+            if {"model", "glue", "tasks"} & given.keys():
+                raise
+            print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE.")
+            print("NOTICE: with a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)
+    toy = agreed(make_demo)
+    for name, value in {**DEMO, **given, "model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}.items():
+        setattr(s, name, value)
+    check(s)
+    return agreed(lambda: load(s), everywhere=True)
+
+
+def open_out(s, encoder, tasks, again):
+    """Make the out folder, or hold what binds it against this run."""
+    settings = {name: value for name, value in asdict(s).items() if name not in UNBOUND}
+    about = {what: Path(x).name if Path(x).exists() else x for what, x in (("model", s.model), ("glue", s.glue))}
+    guesses = {data.name: np.full(len(data.validation), data.majority()) for data in tasks}
+    majority = {data.name: score(data.name, guesses[data.name], data.validation_labels) for data in tasks}
+    methods = {name: asdict(method) for name, method in METHODS.items()}
+    about |= {"demo": s.demo, "tasks": list(guesses), "majority": majority, "methods": methods}
+    runs.open_out(Path(s.out), settings, runs.facts(encoder, tasks), about, s.resume, again)
+
+
+def compare(s, given, argv):
+    """Run every unit that is not finished, and print the table."""
     if s.out:  # before anything is loaded
-        check_out(Path(s.out), s)
-    device = find_device(s.device, int(os.environ.get("LOCAL_RANK", 0)))
-    if s.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-        torch.use_deterministic_algorithms(True)
-    cuda = device.type == "cuda"
-    fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
+    device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
-    s.per_task = s.per_task if s.per_task != "auto" else "stacked" if cuda else "loop"
-    asked, seeds = names(s.methods, METHODS, "method"), numbers(s.seeds, int, "--seeds")
-    methods = [method for method in METHODS if method in asked]  # what is made from another comes after it
-    encoder, tasks = prepare(s, device)
-    seconds = estimate(encoder, tasks, methods, seeds, s)  # builds a model: unfit targets show here
-    check_masks_fit(encoder, tasks, s)
-    out = open_out(s.out or f"runs/{Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}", s)
-    s.out = str(out)
+    s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
+    if s.jobs > 1:
+        torch.set_num_threads(1)  # as its workers have
+    encoder, frozen, tasks = load_or_demo(s, given)
+    default = f"runs/{'demo' if s.demo else Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    s.out = s.out or agreed(lambda: default)
+    build("joint", frozen, tasks, 0, s)  # unfit targets show here
+    agreed(lambda: open_out(s, encoder, tasks, runs.again(argv, s.out, s.demo)))
+    methods = {name: METHODS[name] for name in METHODS if name in listed(s.methods, "methods")}
+    units = runs.units(Path(s.out), methods, listed(s.seeds, "seeds", int), [data.name for data in tasks])
+    todo = agreed(lambda: runs.unfinished(units))
     for data in tasks:
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
     print(
-        f"{', '.join(methods)} × {len(seeds)} seed{'s' * (len(seeds) > 1)} × {s.steps} steps on {hardware(device)}: "
-        f"about {clock(seconds)}",
-        flush=True,
+        f"{len(todo)} of {len(units)} trainings to do, {s.steps} steps each, on {runs.hardware(encoder)}; out: {s.out}"
     )
-    unshown = ("out", "demo", "device", "resume", "save_every")
-    shown = {k: v for k, v in dataclasses.asdict(s).items() if k not in unshown}
-    results = {
-        "settings": shown,
-        "demo": s.demo,
-        "device": device.type,
-        "tasks": [d.name for d in tasks],
-        "seeds": seeds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "majority": {
-            d.name: score(d.name, np.full(len(d.validation), d.majority()), d.validation_labels) for d in tasks
-        },
-        "methods": {m: {} for m in methods},
-    }
-    timing = {
-        "hardware": hardware(device),
-        "device": str(device),
-        "estimated_seconds": seconds,
-        "methods": {m: {} for m in methods},
-    }
-    facts = shown | {"device": device.type, "torch": torch.__version__} | fingerprints(encoder, tasks)
-    progress = Progress(out / STATE, facts, s.save_every, s.resume, active=WORLD == 1)
-    begin = time.perf_counter()
-    total = sum(passes(method, s) for method in methods) * len(seeds) * s.steps * len(tasks)
+    total = sum(s.steps * len(unit.tasks) for unit in todo if not METHODS[unit.method].merged)
     often = 0.5 if sys.stderr.isatty() else 10
-    bar = tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0)
-    log = open(os.devnull if RANK else out / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-    with log, bar, heeding_signals(progress) if progress.active else contextlib.nullcontext():
-        if s.resume:
-            log.truncate(progress.info["log"])
-            log.seek(0, os.SEEK_END)
-        for seed in seeds:
-            kept = {}
-            for method in methods:
-                done = progress.begin(method, seed)
-                derived = [m for m in methods if METHODS[m].source and f"{m} {seed}" not in progress.info["entries"]]
-                needed = method in [m.source for m in METHODS.values()] and derived and not s.continual
-                if done and not needed:
-                    entry, timed = done
-                    bar.update(passes(method, s) * s.steps * len(tasks))
-                elif s.continual:
-                    entry, timed = run_sequence(method, encoder, tasks, seed, s, out, log, bar, progress), None
-                else:
-                    entry, timed = run_method(method, encoder, tasks, seed, s, out, log, bar, kept, progress, done)
-                if not done:
-                    progress.finish(entry, timed, log, needed)
-                results["methods"][method][seed] = entry
-                if timed:
-                    timing["methods"][method][seed] = timed
-            for method in methods:
-                progress.forget(f"{method} {seed}")
-    timing["seconds"] = time.perf_counter() - begin
-    averages = {m: [run["average"] for run in runs.values()] for m, runs in results["methods"].items()}
-    results["summary"] = {m: summary(m, averages, METHODS[m].project) for m in methods}
-    text = report(results, timing, METHODS)
-    if RANK:
-        return
-    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(out / "timing.json", json.dumps(timing, indent=1) + "\n")
-    write_text(out / "results.md", text)
-    remove_state(out / STATE)
-    print(f"\n{text}\n{out} has results.json, results.md, timing.json, log.jsonl, and adapters in METHOD/seedN/TASK")
+    with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:
+        if s.jobs > 1 and len(todo) > 1:
+            runs.run_jobs(todo, min(s.jobs, len(todo)), (encoder, frozen, tasks), run, s, bar)
+        else:
+            for unit in todo:
+                run(unit, encoder, frozen, tasks, s, bar)
+    if not RANK:
+        print(f"\n{table.write(s.out)}\n{s.out} has results.json, results.md, and adapters in METHOD/seedN/TASK")
 
 
 def main(argv=None):
-    given = {}
+    argv, s = sys.argv[1:] if argv is None else argv, None
     try:
-        given = parse(sys.argv[1:] if argv is None else argv)
-    except BadInput as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    s = Settings(
-        **({"methods": ",".join(m for m in METHODS if METHODS[m].own)} if "continual" in given else {}) | given
-    )
-    try:
+        given = parse(argv)
+        s = Settings(**(DEMO if "demo" in given else {}) | given)
         check(s)
-        join_processes(s)
         if s.demo and {"model", "glue"} & given.keys():
             raise BadInput("--demo brings its own model and data: leave out --model and --glue")
-        if not s.demo:
-            bare = not {"model", "glue", "tasks"} & given.keys()
-            try:
-                return compare(s)
-            except HubError as e:
-                if not bare or WORLD > 1:  # other processes may have got what this one has not
-                    raise
-                print(
-                    f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE. "
-                    "With a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n",
-                    flush=True,
-                )
-        s = dataclasses.replace(s, **{**DEMO, **given, "demo": True})
-        check(s)
-        s.out = str(open_out(s.out or "runs/demo", s))
-        if RANK == 0:
-            make_demo(Path(s.out) / "demo")
-        if WORLD > 1:
-            dist.barrier()
-        folder = Path(s.out) / "demo"
-        s.model, s.glue = str(folder / "model"), str(folder / "glue")
-        return compare(s)
-    except BadInput as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:  # a full disk, a folder taken away
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
+        runs.join_processes(s.device)
+        return compare(s, given, argv)
+    except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
+        error, status = str(e), 2
     except FloatingPointError as e:
-        print(f"train.py: {e}; a smaller --lr may help", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        more = ["--resume"] * (not s.resume) + ["--out", s.out] * ("out" not in given)
-        more += ["--demo"] * (s.demo and "demo" not in given)
-        again = shlex.join([*(sys.argv[1:] if argv is None else argv), *more])
-        print(f"\ntrain.py: stopped, and saved; go on with: python train.py {again}", file=sys.stderr)
-        return 128 + stopped.args[0]
+        error, status = f"{e}; a smaller --lr may help", 1
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted", file=sys.stderr)
-        return 130
+        begun = s and s.out and (Path(s.out) / "settings.json").exists()
+        error, status = "interrupted" + (f"; to go on: {runs.again(argv, s.out, s.demo)}" if begun else ""), 130
     finally:
-        leave_processes()
+        runs.leave_processes()
+    if not RANK:
+        print(f"train.py: {error}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -45,15 +45,18 @@ def shown(value):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
-    """Yield a temporary path beside `path`; when the block ends well, it replaces `path` in one step."""
+def atomic_write(path, move=os.replace):
+    """Yield a temporary path beside `path`; when the block ends well, it replaces `path` in one step.
+
+    move: os.link instead, to raise FileExistsError where there is a `path` already.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,13 +1,22 @@
-"""What a run prints at its end: the table, where gradients conflict, what merging cost.
+"""An out folder's units -> results.json, and results.md: the table, where gradients conflict, what merging cost.
 
-mean_and_spread, gap_recovered, markdown      numbers -> cells, cells -> an aligned Markdown table
-report                                        results.json's and timing.json's contents -> results.md's text
-statistics                                    what projections saw, added up -> an entry of results.json
+    python -m support.table OUT        at any time, of a run that is still going as well
+
+An entry of results.json is one method with one seed; it is there as soon as all of its trainings are finished.
 """
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
+
+from support.checkpoint import BadInput, read_json, write_text
+from support.runs import FIFTHS, locked
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training's conflicts
 
 
 def share_of_pairs(x):
@@ -16,29 +25,96 @@ def share_of_pairs(x):
     return x.triu(1).sum((1, 2)) / max(1, T * (T - 1) // 2)
 
 
-def statistics(totals, block_names, task_names, steps):
-    """Means over the steps: by block [conflict rate, cosine, removed norm], by task pair the conflict rate."""
-    rate, cosine, removed = [x.double().cpu() / steps for x in totals]
+def statistics(watch, block_names):
+    """A `Watch`'s sums -> means over the steps: by block [conflict rate, cosine, removed norm], by task pair the rate.
+
+    fifths: over each fifth of the training the rate, each task's effective weight, and its gradient's norm.
+    """
+    rate, cosine, removed = [x.double().cpu() / watch.steps for x in watch.sums]
     columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
     pairs = {
         f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
-        for i, a in enumerate(task_names)
-        for j, b in enumerate(task_names)
+        for i, a in enumerate(watch.tasks)
+        for j, b in enumerate(watch.tasks)
         if i < j
     }
+    counts = np.bincount(np.arange(watch.steps) * FIFTHS // watch.steps, minlength=FIFTHS)
+    fifths = (watch.fifths.double().cpu().numpy() / np.maximum(counts, 1)[:, None]).round(6)  # (5, 1 + 2 T)
+    effective, norms = fifths[:, 1:].T.reshape(2, len(watch.tasks), FIFTHS).tolist()
     return {
         "rate": round(columns[0].mean().item(), 6),
         "cosine": round(columns[1].mean().item(), 6),
         "removed": round(columns[2].mean().item(), 6),
         "pairs": pairs,
         "blocks": {name: [round(c[b].item(), 6) for c in columns] for b, name in enumerate(block_names)},
+        "fifths": {
+            "rate": fifths[:, 0].tolist(),
+            "effective": dict(zip(watch.tasks, effective, strict=True)),
+            "norms": dict(zip(watch.tasks, norms, strict=True)),
+        },
     }
 
 
-def mean_and_spread(values, digits=1):
-    """'71.3 ± 0.8' (sample standard deviation), or '71.3' for one value."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder -> results
+
+
+def seed_folders(out, method):
+    """{seed: folder} of a method in an out folder, ascending."""
+    folders = [path for path in out.glob(f"{method}/seed*") if path.name[4:].isdecimal()]
+    return {int(path.name[4:]): path for path in sorted(folders, key=lambda path: int(path.name[4:]))}
+
+
+def entry_of(parts, tasks):
+    """The results of one method and seed out of its units'."""
+    entry = {"tasks": {t: part["tasks"][t] for t in tasks for part in parts if t in part["tasks"]}}
+    entry["average"] = float(np.mean([scores["score"] for scores in entry["tasks"].values()]))
+    for name in ("adapter_parameters", "head_parameters"):
+        entry[name] = sum(part[name] for part in parts)
+    return entry | {name: parts[0][name] for name in ("conflicts", "cosines") if name in parts[0]}
+
+
+def gather(out):
+    """(results.json's contents, {method: {seed: the timings of its units}}) of an out folder. Raises BadInput."""
+    about = read_json(out / "settings.json")
+    facts, tasks = about["facts"], about["tasks"]
+    results = {
+        "settings": about["settings"],
+        "demo": about["demo"],
+        "device": facts["device"],
+        "tasks": tasks,
+        "seeds": [],
+        "versions": {name: facts[name] for name in ("python", "torch", "numpy")},
+        "majority": about["majority"],
+        "methods": {},
+    }
+    timings = {}
+    for method, row in about["methods"].items():
+        for seed, folder in seed_folders(out, method).items():
+            units = [folder / task for task in tasks] if row["own"] else [folder]
+            if all((unit / "result.json").exists() for unit in units):
+                entry = entry_of([read_json(unit / "result.json") for unit in units], tasks)
+                results["methods"].setdefault(method, {})[str(seed)] = entry
+                timings.setdefault(method, {})[str(seed)] = [read_json(unit / "timing.json") for unit in units]
+    results["seeds"] = sorted({int(seed) for runs in results["methods"].values() for seed in runs})
+    results["summary"] = {method: summary(results, method, about["methods"]) for method in results["methods"]}
+    return results, timings
+
+
+def averages(results, method):
+    """{seed: average} of a method."""
+    return {seed: run["average"] for seed, run in results["methods"].get(method, {}).items()}
+
+
+def summary(results, method, methods):
+    """A method's mean and standard deviation over seeds, and for a projection the gap recovered, over common seeds."""
+    own, single, joint = (averages(results, m) for m in (method, "single", "joint"))
+    values = list(own.values())
+    found = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(own) > 1 else None}
+    seeds = [seed for seed in own if seed in single and seed in joint]
+    if methods[method]["project"] and seeds:
+        found["gap_recovered"] = gap_recovered(*([x[seed] for seed in seeds] for x in (single, joint, own)))
+    return found
 
 
 def gap_recovered(single, joint, other):
@@ -58,62 +134,48 @@ def gap_recovered(single, joint, other):
     return f"{share.mean():.0f} ± {share.std(ddof=1):.0f} %"
 
 
-def summary(method, averages, projected):
-    """A method's mean and standard deviation over seeds, and for a projection the gap recovered."""
-    own = averages[method]
-    found = {"mean": float(np.mean(own)), "std": float(np.std(own, ddof=1)) if len(own) > 1 else None}
-    if projected and {"single", "joint"} <= averages.keys():
-        found["gap_recovered"] = gap_recovered(averages["single"], averages["joint"], own)
-    return found
+# ---------------------------------------------------------------------------------------------------------------------
+# Results -> text
+
+
+def mean_and_spread(values, digits=1):
+    """'71.3 ± 0.8' (sample standard deviation), or '71.3' for one value."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def markdown(rows):
     """Rows of cells as an aligned Markdown table; the first row is the header, the first column the names."""
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = [
-        "| "
-        + " | ".join(
-            cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if c == 0 else "-" * (w + 1) + ":" for c, w in enumerate(widths)) + "|"
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def table(results, timing, methods):
-    """Rows: methods; columns: tasks, average, gap recovered, parameters, time and memory."""
-    tasks, runs = results["tasks"], results["methods"]
-    rows = [["method", *tasks, "average", "gap recovered", "adapter", "heads", "step time", "memory"]]
-    guess = results["majority"]
-    rows.append(
-        [
-            "majority class",
-            *(f"{guess[t]['score']:.1f}" for t in tasks),
-            f"{np.mean([guess[t]['score'] for t in tasks]):.1f}",
-            *[""] * 5,
-        ]
-    )
-    averages = {m: [run["average"] for run in seeds.values()] for m, seeds in runs.items()}
-    base = next((m for m in ("joint", *runs) if m in runs), None)
-    step = {m: np.mean([t["seconds_per_step"] for t in timing["methods"][m].values()]) for m in runs}
+def table(results, timings):
+    """Rows: methods; columns: tasks, average, gap recovered, parameters, time and, on a GPU, memory."""
+    tasks, runs, majority = results["tasks"], results["methods"], results["majority"]
+    seconds = {m: np.mean([sum(t["seconds_per_step"] for t in units) for units in timings[m].values()]) for m in runs}
+    memory = {m: max(t["peak_memory_bytes"] or 0 for units in timings[m].values() for t in units) for m in runs}
+    base = "joint" if "joint" in runs else next(iter(runs))
+    rows = [["method", *tasks, "average", "gap recovered", "adapter", "heads", "step time"]]
+    guess = [majority[t]["score"] for t in tasks]
+    rows.append(["majority class", *(f"{score:.1f}" for score in [*guess, np.mean(guess)]), "", "", "", ""])
     for method, seeds in runs.items():
         first = next(iter(seeds.values()))
-        gap = summary(method, averages, methods[method].project).get("gap_recovered", "—")
-        memory = [t["peak_memory_bytes"] for t in timing["methods"][method].values()]
-        rows.append(
-            [
-                method,
-                *(mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks),
-                mean_and_spread(averages[method]),
-                gap,
-                f"{first['adapter_parameters']:,}",
-                f"{first['head_parameters']:,}",
-                f"{step[method] / step[base]:.2f}" if step[method] else "—",
-                "—" if None in memory else f"{max(memory) / 2**20:,.0f} MiB",
-            ]
-        )
+        scores = [mean_and_spread([run["tasks"][t]["score"] for run in seeds.values()]) for t in tasks]
+        average = mean_and_spread([run["average"] for run in seeds.values()])
+        gap = results["summary"][method].get("gap_recovered", "—")
+        time = f"{seconds[method] / seconds[base]:.2f}" if seconds[method] and seconds[base] else "—"
+        counts = [f"{first[name]:,}" for name in ("adapter_parameters", "head_parameters")]
+        rows.append([method, *scores, average, gap, *counts, time])
+    if any(memory.values()):
+        cells = ["memory", "", *(f"{memory[method] / 2**20:,.0f} MiB" for method in runs)]
+        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
     return markdown(rows)
 
 
@@ -127,78 +189,96 @@ def picture(results, method="ortho"):
     for name, rate in rates.items():
         number = next((part for part in name.split(".") if part.isdigit()), "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    lines = [
-        f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds",
-        "",
-        "layer  " + "".join(f"{f:<32}" for f in factors),
-    ]
+    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds"
+    lines = [title, "", "layer  " + "".join(f"{f:<32}" for f in factors)]
     for number, found in layers.items():
-        cells = []
-        for factor in factors:
-            rate = np.mean(found.get(factor, [0.0]))
-            bar = "█" * round(20 * rate) + "·" * (20 - round(20 * rate))
-            cells.append(f"{bar} {100 * rate:3.0f} %".ljust(32))
+        shares = [np.mean(found.get(factor, [0.0])) for factor in factors]
+        bars = ["█" * round(20 * share) + "·" * (20 - round(20 * share)) for share in shares]
+        cells = [f"{bar} {100 * share:3.0f} %".ljust(32) for bar, share in zip(bars, shares, strict=True)]
         lines.append(f"{number:>5}  " + "".join(cells))
     pairs = {p: 100 * np.mean([run["pairs"][p] for run in runs]) for p in runs[0]["pairs"]}
-    removed = 100 * np.mean([run["removed"] for run in runs])
-    lines += [
-        "",
-        "by task pair: " + ", ".join(f"{p} {v:.0f} %" for p, v in sorted(pairs.items(), key=lambda x: -x[1])),
-        f"the projection took {removed:.0f} % of a task's gradient norm, on average",
-    ]
+    by_pair = ", ".join(f"{p} {share:.0f} %" for p, share in sorted(pairs.items(), key=lambda pair: -pair[1]))
+    weights = [f"{t} {np.mean([run['fifths']['effective'][t] for run in runs]):.2f}" for t in results["tasks"]]
+    lines += ["", f"by task pair: {by_pair}"]
+    lines.append(f"what the update made of each task's own gradient, as a weight (joint: 1): {', '.join(weights)}")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def merges(results, methods):
     """For each merge: the cosines between what was merged, and each task's drop from its own adapter."""
-    lines = []
+    lines, pairs = [], np.tril_indices(len(results["tasks"]), -1)
     for method, runs in results["methods"].items():
-        if not methods[method].merged:
+        own = results["methods"].get(methods[method]["source"], {})
+        if methods[method]["own"] or not own:
             continue
-        own = results["methods"][methods[method].source]
-        cosines = np.abs([run["cosines"] for run in runs.values()])[:, *np.tril_indices(len(results["tasks"]), -1)]
+        cosines = np.abs([run["cosines"] for run in runs.values()])[:, *pairs]
         drops = []
         for task in results["tasks"]:
-            lost = [own[seed]["tasks"][task]["score"] - run["tasks"][task]["score"] for seed, run in runs.items()]
+            lost = [own[s]["tasks"][task]["score"] - run["tasks"][task]["score"] for s, run in runs.items() if s in own]
             drops.append(f"{task} {mean_and_spread(lost)}")
-        lines.append(
-            f"{method}: |cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}; "
-            f"drop from the task's own adapter: {', '.join(drops)}"
-        )
+        between = f"|cosine| between the merged deltas {cosines.mean():.3f}, at most {cosines.max():.3f}"
+        lines.append(f"{method}: {between}; drop from the task's own adapter: {', '.join(drops)}")
     return "\n\n".join(lines)
 
 
-def sequence(results):
-    """--continual's table for each method: scores after each stage, and what was forgotten."""
-    tasks, parts = results["tasks"], []
-    for method, runs in results["methods"].items():
-        rows = [[f"{'lora' if method == 'single' else method}, after", *tasks, "average"]]
-        for stage, task in enumerate(tasks):
-            cells = [mean_and_spread([run["matrix"][stage][t] for run in runs.values()]) for t in range(stage + 1)]
-            mean = mean_and_spread([np.mean(run["matrix"][stage]) for run in runs.values()])
-            rows.append([task, *cells, *[""] * (len(tasks) - stage - 1), mean])
-        lost = f"forgetting {mean_and_spread([run['forgetting'] for run in runs.values()])}"
-        shared = [run["overlap"] for run in runs.values() if "overlap" in run]
-        parts += [markdown(rows), lost + (f"; overlap of the masks {np.mean(shared):.3f}" if shared else "")]
-    return "\n\n".join(parts)
+def differences(timings):
+    """A line where the units were not made by the same code on the same machine; nothing where they were."""
+    units = {m: [t for seeds in timings[m].values() for part in seeds for t in [part]] for m in timings}
+    flat = {m: {(t["source"], t["hardware"]) for t in found} for m, found in units.items()}
+    kinds = sorted(set().union(*flat.values())) if flat else []
+    if len(kinds) < 2:
+        return ""
+    parts = [f"{', '.join(m for m in flat if kind in flat[m])}: code {kind[0]}, {kind[1]}" for kind in kinds]
+    return "NOTE: not all trainings are by the same code on the same machine. " + "; ".join(parts) + "."
 
 
-def report(results, timing, methods):
+def report(results, timings, about):
     """results.md, and what the run prints at its end."""
-    s, demo = results["settings"], results["demo"]
-    what = "the demo: a toy grammar and a tiny encoder, not GLUE" if demo else f"{s['model']} on {s['glue']}"
-    seeds = results["seeds"]
+    s, seeds = results["settings"], results["seeds"]
+    if not results["methods"]:
+        return "No method is finished with any seed yet.\n"
+    demo = "The demo: a toy grammar and a tiny encoder, not GLUE"
     scored = f"{s['holdout']} held-out training rows per task" if s["holdout"] else "the validation split"
+    hardware = next(t["hardware"] for units in timings.values() for seed in units.values() for t in seed)
+    base = "joint" if "joint" in results["methods"] else "the first method"
     parts = [
-        f"## {what[0].upper() + what[1:]}" if demo else f"## {what}",
+        f"## {demo}" if results["demo"] else f"## {about['model']} on {about['glue']}",
         f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}, on {scored}: "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
-        + f", {s['dtype']} on {timing['hardware']}.",
-        sequence(results) if s["continual"] else table(results, timing, methods),
+        + f", {s['dtype']} on {hardware}.",
+        table(results, timings),
         "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
-        + f"{'joint' if 'joint' in results['methods'] else 'the first method'}, all tasks' batches together. memory: "
-        + ("the GPU allocator's peak." if "cuda" in timing["device"] else "the process's peak."),
-        "" if s["continual"] else merges(results, methods),
-        "" if s["continual"] else picture(results),
+        f"{base}, all tasks' batches together.",
+        differences(timings),
+        merges(results, about["methods"]),
+        picture(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write(out):
+    """Write OUT/results.json and results.md, and return the latter's text. Raises BadInput: no out folder."""
+    out = Path(out)
+    if not (out / "settings.json").exists():
+        raise BadInput(f"{out} has no settings.json, so no run is in it")
+    with locked(out, wait=True):
+        results, timings = gather(out)
+        text = report(results, timings, read_json(out / "settings.json"))
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(out / "results.md", text)
+    return text
+
+
+def main(argv):
+    if len(argv) != 1:
+        print(__doc__)
+        return 2
+    try:
+        print(write(argv[0]))
+    except (BadInput, OSError) as e:
+        print(f"support.table: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -15,8 +15,10 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import ACTIVATIONS, Config, Encoder
-from support.checkpoint import BadInput, read_json, write_safetensors, write_text
+from support.checkpoint import BadInput, write_safetensors, write_text
 from support.hub import quiet
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,35 +523,43 @@ def write_model(folder, model, tokenizer):
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo
 
-MARKER = "demo.json"
+MARKER = "demo.json"  # says what a folder holds
 
 
-def make_demo(folder, seed=0, conflict=CONFLICT, quiet=False, steps=1200, rows=2000):
+def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, rows=2000):
     """Write `folder/glue` and `folder/model`, and return the folder. The same arguments and machine: the same bytes.
 
-    seed: of everything; conflict: see `make_tasks`; steps: of pretraining; rows: to train on, per task (validation has
-    a fifth). A folder that already holds exactly this is left as it is; anything else is written anew: demo.json, which
-    says what the folder holds, goes first and comes back last. Raises ValueError: a conflict outside [0, 1].
+    folder: by default runs/toy-DIGEST, of all that its contents are a function of. seed: of everything; conflict: see
+    `make_tasks`; steps: of pretraining; rows: to train on, per task (validation has a fifth). It is made beside its
+    place and renamed when whole, so a folder that is there is kept as it is. Raises ValueError: a conflict outside
+    [0, 1]; BadInput: a folder that holds something else.
     """
-    folder = Path(folder)
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     settings = {"seed": seed, "conflict": conflict, "steps": steps, "rows": rows}
     settings |= {"torch": torch.__version__, "source": source}
-    try:
-        if read_json(folder / MARKER) == settings:
-            return folder
-    except BadInput:
-        pass
+    text = json.dumps(settings, indent=1) + "\n"
+    folder = Path(folder or f"runs/toy-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists() or (folder / MARKER).read_text() != text:
+            raise BadInput(f"{folder} holds something else than this toy; choose another folder, or remove it")
+        return folder
     tasks = make_tasks(random.Random(f"tasks {seed}"), conflict, (rows, max(rows // 5, 1)))
-    (folder / MARKER).unlink(missing_ok=True)
-    write_glue(folder / "glue", tasks)
-    corpus = make_corpus(random.Random(f"corpus {seed}"), min(max(64 * steps, 2000), 16000))
-    texts = [text for pair in corpus for text in pair[:2] if text]
-    tokenizer = train_tokenizer([*texts, *WORDS])
-    config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size())
-    model, _ = pretrain(config, encode(tokenizer, corpus), steps, seed, quiet=quiet)
-    write_model(folder / "model", model, tokenizer)
-    write_text(folder / MARKER, json.dumps(settings, indent=1) + "\n")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".toy-", dir=folder.parent) as made:
+        made = Path(made) / "toy"
+        write_glue(made / "glue", tasks)
+        corpus = make_corpus(random.Random(f"corpus {seed}"), min(max(64 * steps, 2000), 16000))
+        texts = [text for pair in corpus for text in pair[:2] if text]
+        tokenizer = train_tokenizer([*texts, *WORDS])
+        config = replace(CONFIG, vocab_size=tokenizer.get_vocab_size())
+        model, _ = pretrain(config, encode(tokenizer, corpus), steps, seed, quiet=quiet)
+        write_model(made / "model", model, tokenizer)
+        write_text(made / MARKER, text)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not (folder / MARKER).exists():  # else another process has just made the same
+                raise
     return folder
 
 
@@ -559,7 +569,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--conflict", type=float, default=CONFLICT, help="share of words they disagree on")
     args = parser.parse_args()
-    make_demo(args.folder, args.seed, args.conflict)
+    try:
+        make_demo(args.folder, args.seed, args.conflict)
+    except (ValueError, OSError) as e:  # BadInput is a ValueError
+        print(f"support.toy: {e}", file=sys.stderr)
+        return 2
     for task, splits in make_tasks(random.Random(f"tasks {args.seed}"), args.conflict, (8, 1)).items():
         print(f"\n{task}")
         for row in splits["train"][:3]:
@@ -568,4 +582,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""The out folder is the state: each training is a unit with a folder of its own, and nothing is known of it elsewhere.
+
+    OUT/settings.json                          what binds every unit in OUT; what differs from it is refused
+    OUT/METHOD/seedN[/TASK]/                   a unit's folder
+        state.safetensors                      while it runs, and after it was interrupted: all that its next step needs
+        log.jsonl, timing.json                 a line per logged step; seconds per step, memory, which code
+        result.json                            scores and statistics; written last, so a unit that has it is finished
+    OUT/METHOD/seedN/TASK/                     a task's adapter, with its head, as peft loads it
+
+A unit that is finished is kept, one that has a state goes on, one that has neither starts. So a run can be interrupted
+anywhere, methods and seeds can be added to it, and several processes can share it, each with units of its own.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import queue
+import shlex
+import signal
+import sys
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from support.checkpoint import BadInput, atomic_write, load_state, read_json, save_state, write_text
+
+# Set by torchrun: which process this is, out of how many, and which of its machine's.
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes under torchrun: the first one alone looks at OUT and writes to it
+
+
+def agreed(do, everywhere=False):
+    """What do() returns in the first process, for all of them; with `everywhere` each does it, and has its own.
+
+    Where it fails in one process for want of good input, or of disk, all of them raise that error.
+    """
+    result = error = None
+    if everywhere or not RANK:
+        try:
+            result = do()
+        except (BadInput, OSError) as e:
+            error = e
+    if WORLD > 1:
+        errors, box = [None] * WORLD, [result]
+        dist.all_gather_object(errors, error)
+        error = next((e for e in errors if e is not None), None)
+        if error is None and not everywhere:
+            dist.broadcast_object_list(box, 0)
+            (result,) = box
+    if error is not None:
+        raise error
+    return result
+
+
+def join_processes(device):
+    """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
+    if WORLD > 1:
+        cuda = device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # the first one scores
+
+
+def leave_processes():
+    """Part from the other processes; left to the interpreter's end, gloo's threads can abort it."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average(*tensors):
+    """Replace each tensor by its mean over all processes, in place, in one all-reduce. None stays None, everywhere."""
+    tensors = [x for x in tensors if x is not None]
+    flat = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(flat)
+    for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units and their folders
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training, or one merge: a method with a seed, and, where each task has an adapter of its own, one task."""
+
+    out: Path
+    method: str
+    seed: int
+    tasks: tuple  # names: one, or all
+    own: bool = False  # each task has an adapter of its own
+    source: str = ""  # the method whose adapters this one is made of
+
+    def __str__(self):
+        return f"{self.method}, seed {self.seed}" + (f", {self.tasks[0]}" if self.own else "")
+
+    def adapter(self, task, method=None):
+        """The folder of a task's adapter, this unit's or another method's."""
+        return self.out / (method or self.method) / f"seed{self.seed}" / task
+
+    @property
+    def folder(self):
+        return self.adapter(self.tasks[0] if self.own else "")
+
+    @property
+    def finished(self):
+        return (self.folder / "result.json").exists()
+
+    @property
+    def ready(self):
+        """Whether all that it is made of is there. What others are made of are adapters of the tasks' own."""
+        return not self.source or all((self.adapter(t, self.source) / "result.json").exists() for t in self.tasks)
+
+    def finish(self, result, timing):
+        write_text(self.folder / "timing.json", json.dumps(timing, indent=1) + "\n")
+        write_text(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+
+def units(out, methods, seeds, tasks):
+    """Every training and merge of the methods, {name: train.Method} in train.METHODS' order: sources come first."""
+    return [
+        Unit(out, name, seed, group, method.own, method.source)
+        for seed in seeds
+        for name, method in methods.items()
+        for group in ([(task,) for task in tasks] if method.own else [tuple(tasks)])
+    ]
+
+
+def unfinished(units):
+    """Those that are still to do. Raises BadInput where the source of one is neither there nor among them."""
+    methods = {unit.method for unit in units}
+    for unit in units:
+        if not (unit.finished or unit.ready or unit.source in methods):
+            raise BadInput(
+                f"--methods: {unit} is made from {unit.source}, which {unit.out} does not have; name that too"
+            )
+    return [unit for unit in units if not unit.finished]
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Make the folder, and keep other processes out of it while this lasts. What a killed one was writing goes.
+
+    Raises BadInput where another process has it, unless told to wait.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # in OUT, only its own: units have locks
+            path.unlink(missing_ok=True)
+        yield
+    except BlockingIOError:
+        raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
+    finally:
+        os.close(handle)
+
+
+def again(argv, out, demo):
+    """The whole command that goes on with the run in `out`."""
+    more = [["--demo"] if demo else [], ["--out", out], ["--resume"]]
+    words = [*argv, *(word for words in more if words and words[0] not in argv for word in words)]
+    return f"{'torchrun … ' if WORLD > 1 else 'python '}train.py {shlex.join(words)}"
+
+
+def refuse_taken(out, resume, again):
+    """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
+    if (out / "settings.json").exists() and not resume:
+        raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {again}")
+    if (out / "results.json").exists() and not (out / "settings.json").exists():
+        raise BadInput(f"--out {out} has results in it, and no settings.json that says of what; choose another folder")
+
+
+def open_out(out, settings, facts, about, resume, again):
+    """Make the out folder, with its settings.json, or hold what binds it, settings and facts, against what is there.
+
+    about binds nothing. All three are as JSON has them. Raises BadInput, naming the first thing that differs, and where
+    the folder can't be written.
+    """
+    path, text = out / "settings.json", json.dumps({"settings": settings, "facts": facts, **about}, indent=1)
+    try:
+        with locked(out, wait=True):
+            refuse_taken(out, resume, again)
+            with contextlib.suppress(FileExistsError), atomic_write(path, os.link) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+    except OSError as e:
+        raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
+    there, bound = read_json(path), settings | facts
+    there = there.get("settings", {}) | there.get("facts", {})
+    for what in there | bound:
+        if (old := there.get(what)) != (new := bound.get(what)):
+            raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}; choose another folder for that")
+
+
+def facts(encoder, tasks):
+    """What binds a run beside its settings: the machine's side of it, and checksums of all that it reads."""
+    found = {"device": next(encoder.parameters()).device.type, "processes": WORLD, "threads": torch.get_num_threads()}
+    found |= {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found["the weights of the model"] = 0
+    for p in encoder.parameters():
+        found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
+    for data in tasks:
+        rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
+        labels = np.concatenate([data.train_labels, data.validation_labels])
+        found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
+    return found
+
+
+def hardware(encoder):
+    """What a time was measured on."""
+    device, threads = next(encoder.parameters()).device, torch.get_num_threads()
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    return f"{WORLD} × {name}" if WORLD > 1 else name
+
+
+@functools.cache
+def source_checksum():
+    """Of the Python files that a training runs: units made by different code are told apart by it."""
+    root = Path(__file__).resolve().parent.parent
+    files = [*sorted(root.glob("*.py")), *sorted((root / "support").glob("*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if not f.name.startswith("test_"))).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a unit
+
+
+def save(unit, step, seconds, trained, optimizer, watch, log):
+    """All that the next step depends on. Batches, dropout and the order of projection are functions of the step."""
+    tensors = {f"parameter {name}": p for name, p in trained.items()} | watch.tensors()
+    tensors |= {f"{kind} {name}": x for name, p in trained.items() for kind, x in optimizer.state[p].items()}
+    log.flush()
+    os.fsync(log.fileno())
+    save_state(unit.folder / "state.safetensors", tensors, {"step": step, "seconds": seconds, "log": log.tell()})
+
+
+def resume(unit, trained, optimizer, watch, log):
+    """Fill in what `save` wrote, if it did, and cut the log back to it. Returns (steps done, seconds that they took).
+
+    Raises BadInput where the state is damaged: it is not used, and goes when the user deletes it.
+    """
+    path = unit.folder / "state.safetensors"
+    tensors, info = agreed(lambda: load_state(path) if path.exists() else ({}, {"step": 0, "seconds": 0.0, "log": 0}))
+    if not RANK:
+        log.truncate(info["log"])
+        log.seek(0, os.SEEK_END)
+    watch.fill(tensors)
+    for key, x in tensors.items():
+        kind, _, name = key.partition(" ")
+        if kind == "parameter":
+            trained[name].data.copy_(x)
+        elif kind != "watch":
+            optimizer.state[trained[name]][kind] = x if kind == "step" else x.to(trained[name].device)
+    return info["step"], info["seconds"]
+
+
+FIFTHS = 5  # of the training, for what changes on its way
+
+
+class Watch:
+    """What a training sees on its way: conflict statistics, added up, and the first step that was not finite.
+
+    All of it stays on the device until it is asked for, so that no step waits.
+    """
+
+    def __init__(self, tasks, trained, steps, device):
+        self.tasks, self.trained, self.steps = list(tasks), list(trained), steps
+        self.sums = None  # conflicts and cosines (blocks, T, T), removed (blocks, T)
+        self.fifths = torch.zeros(FIFTHS, 1 + 2 * len(tasks), device=device)  # rate; effective weights; norms
+        self.bad = torch.zeros(1 + len(tasks) + len(self.trained), device=device)  # that step, its losses and norms
+        self.good = torch.ones((), dtype=torch.bool, device=device)  # there was none so far
+
+    def see(self, step, losses, norms, conflicts):
+        seen = torch.cat([losses.new_full((1,), step), losses, norms])
+        first = self.good & ~seen.isfinite().all()
+        self.good, self.bad = self.good & ~first, torch.where(first, seen, self.bad)
+        if conflicts is not None:
+            more = [x.float() for x in (conflicts.conflicts, conflicts.cosines, conflicts.removed)]
+            self.sums = more if self.sums is None else [a + b for a, b in zip(self.sums, more, strict=True)]
+            parts = [conflicts.rate[None], conflicts.effective, conflicts.sizes.sum(0).sqrt()]
+            self.fifths[step * FIFTHS // self.steps] += torch.cat([x.float() for x in parts])
+
+    def check(self, unit):
+        """Raise FloatingPointError if a step was not finite, naming it, task and parameter. Waits for the device."""
+        if self.good:
+            return
+        step, losses, norms = self.bad.cpu().split([1, len(self.tasks), len(self.trained)])
+        wrong = [f"the loss of {t} is {x}" for t, x in zip(self.tasks, losses.tolist(), strict=True)]
+        wrong = [text for text, x in zip(wrong, losses, strict=True) if not x.isfinite()]
+        if not norms.isfinite().all():
+            name = self.trained[int((~norms.isfinite()).nonzero()[0])]
+            among = "" if wrong else f" (tasks {', '.join(self.tasks)})"
+            wrong.append(f"the gradient of {name} is not finite{among}")
+        raise FloatingPointError(f"{unit}, step {int(step)}: {' and '.join(wrong)}")
+
+    def tensors(self):
+        sums = {f"watch sum {i}": x for i, x in enumerate(self.sums or ())}
+        return {"watch good": self.good, "watch bad": self.bad, "watch fifths": self.fifths} | sums
+
+    def fill(self, tensors):
+        if "watch good" in tensors:
+            found = {name: x.to(self.bad.device) for name, x in tensors.items() if name.startswith("watch ")}
+            self.good, self.bad, self.fifths = (found[f"watch {name}"] for name in ("good", "bad", "fifths"))
+            self.sums = [found[f"watch sum {i}"] for i in range(3)] if "watch sum 0" in found else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --jobs: several units at a time, each in a process of one thread
+
+
+class Ticks:
+    """In a worker, in the place of the progress bar: tells the parent."""
+
+    def __init__(self, done):
+        self.update, self.set_description = done.put, lambda text: None
+
+
+def work(loaded, run, s, todo, done):
+    """A worker: run units until there are no more; an error is for the parent to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends this one
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+    torch.set_num_threads(1)
+    try:
+        loaded = pickle.loads(loaded)
+        for unit in iter(todo.get, None):
+            run(unit, *loaded, s, Ticks(done))
+            done.put(unit)
+    except (BadInput, OSError, FloatingPointError) as e:
+        done.put(e)
+
+
+def run_jobs(units, jobs, loaded, run, s, bar):
+    """run(unit, *loaded, s, bar) in `jobs` processes, each unit when what it is made of is finished.
+
+    Raises a worker's error. loaded goes to them as bytes: they read nothing again, and need no shared memory.
+    """
+    context, loaded = multiprocessing.get_context("spawn"), pickle.dumps(loaded)
+    todo, done, waiting, left = context.Queue(), context.Queue(), list(units), len(units)
+    workers = [context.Process(target=work, args=(loaded, run, s, todo, done), daemon=True) for _ in range(jobs)]
+    try:
+        for worker in workers:
+            worker.start()
+        while left:
+            for unit in [unit for unit in waiting if unit.ready]:
+                waiting.remove(unit)
+                todo.put(unit)
+            try:
+                said = done.get(timeout=1)
+            except queue.Empty:
+                if codes := [worker.exitcode for worker in workers if worker.exitcode]:
+                    raise ChildProcessError(f"a worker ended with exit code {codes[0]}") from None
+                continue
+            if isinstance(said, Exception):
+                raise said
+            if isinstance(said, Unit):
+                left -= 1
+            else:
+                bar.update(said)
+        for _ in workers:
+            todo.put(None)
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in [worker for worker in workers if worker.is_alive()]:
+            worker.terminate()
+            worker.join()
