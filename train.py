@@ -108,9 +108,7 @@ class Settings:
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task", low=1, high=10_000_000)
     batch_size: int = setting(16, "examples per task and step", low=1, high=10_000_000)
-    window: int = setting(
-        32, "batches' worth sorted by length together, to pad little; 1: plain", low=1, high=10_000_000
-    )
+    window: int = setting(32, "batches sorted by length together, to pad little; 1: plain", low=1, high=10_000_000)
     lr: float = setting(5e-4, "peak learning rate, for adapter and heads", high=1e3)
     warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly", high=1)
     optimizer: str = setting("adamw", "SGD has momentum 0.9", ["adamw", "sgd"])
@@ -202,6 +200,8 @@ def check(s):
     shared = [m for m in METHODS if METHODS[m].project or m == "joint"]
     if s.balance and not set(shared) & set(methods):
         raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give {', '.join(shared)}")
+    if s.balance and s.task_weights:
+        raise BadInput("--balance gives every task the same weight: leave out --task-weights")
     if s.balance and s.factors != "AB":
         raise BadInput(f"--balance with --factors {s.factors}: the other factor would stay as it is; leave one out")
     if s.resume and not s.out:
