@@ -50,10 +50,6 @@ class Method:
     frozen_A: bool = False  # LoRI: A is random, and only B trains
     source: str = ""  # made from that method's adapters: masked by them, or merged out of them
 
-    @property
-    def merged(self):
-        return bool(self.source) and not self.own
-
 
 METHODS = {
     "head": Method("frozen encoder, trained heads: the floor"),
@@ -154,9 +150,8 @@ def parse(argv):
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
-            options = f.metadata["choices"]
-            text += f" [{', '.join(options)}]" if options else ""
-            text += f" (default: {f.default})" if f.default != "" else ""
+            others = [f"; or {choice}" for choice in f.metadata["choices"] or () if choice != f.default]
+            text += f" [default {f.default}{''.join(others)}]" if f.default != "" else ""
             parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper())
     return vars(parser.parse_args(argv))
 
@@ -190,7 +185,7 @@ def check(s):
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
         raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
-    if len(tasks) == 1 and any(METHODS[m].merged for m in methods):
+    if len(tasks) == 1 and any(METHODS[m].source and not METHODS[m].own for m in methods):
         raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: there is nothing to merge; name at least two")
     for method in methods if not s.resume else ():  # with it, the out folder may have what this is made of
         if METHODS[method].source not in ("", *methods):
@@ -404,13 +399,13 @@ def train(unit, model, tasks, encoder, s, log, bar):
 
 def run(unit, encoder, frozen, tasks, s, bar):
     """Train a unit, or merge it out of others; then save its adapters, and score them as they are on disk."""
-    method, tasks = METHODS[unit.method], [data for data in tasks if data.name in unit.tasks]
+    tasks = [data for data in tasks if data.name in unit.tasks]
     bar.set_description(str(unit))
     with contextlib.ExitStack() as stack:
         agreed(lambda: stack.enter_context(runs.locked(unit.folder)))
         if agreed(lambda: unit.finished):  # meanwhile, by another process
-            bar.update(0 if method.merged else s.steps * len(tasks))
-        elif method.merged:
+            bar.update(0 if unit.merged else s.steps * len(tasks))
+        elif unit.merged:
             agreed(lambda: run_merge(unit, encoder, tasks, s))
         else:
             run_training(unit, encoder, frozen, tasks, s, bar)
@@ -459,8 +454,8 @@ def run_merge(unit, encoder, tasks, s):
 
 def finish(unit, model, encoder, tasks, result, seconds, s, masks=None):
     """Save a unit's adapters, score what was saved, and say that it is finished."""
-    about = {"method": unit.method, "seed": str(unit.seed), "revision": s.revision, "glue": s.glue}
-    about["max_length"] = str(s.max_length)
+    about = {"method": unit.method, "seed": str(unit.seed)}
+    about |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
     result |= {"head_parameters": sum(p.numel() for p in model.heads.parameters()), "tasks": {}}
     for data in tasks:
         folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)
@@ -516,9 +511,8 @@ def open_out(s, encoder, tasks, again):
     settings = {name: value for name, value in asdict(s).items() if name not in UNBOUND}
     about = {what: Path(x).name if Path(x).exists() else x for what, x in (("model", s.model), ("glue", s.glue))}
     guesses = {data.name: np.full(len(data.validation), data.majority()) for data in tasks}
-    majority = {data.name: score(data.name, guesses[data.name], data.validation_labels) for data in tasks}
-    methods = {name: asdict(method) for name, method in METHODS.items()}
-    about |= {"demo": s.demo, "tasks": list(guesses), "majority": majority, "methods": methods}
+    about["majority"] = {d.name: score(d.name, guesses[d.name], d.validation_labels) for d in tasks}
+    about |= {"demo": s.demo, "tasks": list(guesses), "methods": {name: asdict(m) for name, m in METHODS.items()}}
     runs.open_out(Path(s.out), settings, runs.facts(encoder, tasks), about, s.resume, again)
 
 
@@ -545,7 +539,7 @@ def compare(s, given, argv):
     print(
         f"{len(todo)} of {len(units)} trainings to do, {s.steps} steps each, on {runs.hardware(encoder)}; out: {s.out}"
     )
-    total = sum(s.steps * len(unit.tasks) for unit in todo if not METHODS[unit.method].merged)
+    total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     often = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:
         if s.jobs > 1 and len(todo) > 1:

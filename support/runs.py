@@ -119,6 +119,11 @@ class Unit:
         return self.adapter(self.tasks[0] if self.own else "")
 
     @property
+    def merged(self):
+        """Whether it is made of the source's adapters without training."""
+        return bool(self.source) and not self.own
+
+    @property
     def finished(self):
         return (self.folder / "result.json").exists()
 
