@@ -4,7 +4,7 @@
     read_safetensors, write_safetensors
     save_adapter, load_adapter      PEFT's adapter folders (adapter_config.json, adapter_model.safetensors)
     save_masks, load_masks          LoRI's masks, beside them
-    save_state, load_state, Progress        where an interrupted run was
+    save_state, load_state          where an interrupted training was
 
 Bad files are the user's, not a bug's: every one of them raises `BadInput` with one line that says what is wrong where.
 """
@@ -16,7 +16,6 @@ import math
 import os
 import re
 import reprlib
-import time
 import zipfile
 from pathlib import Path
 
@@ -520,10 +519,6 @@ def load_masks(folder):
 # Resumable state
 
 
-def previous(path):
-    return path.with_name(path.name + ".previous")
-
-
 def checksum(tensors, info):
     """SHA-256 of names, types, shapes, contents and `info`, a string."""
     digest = hashlib.sha256(info.encode())
@@ -534,123 +529,18 @@ def checksum(tensors, info):
 
 
 def save_state(path, tensors, info):
-    """Write {name: tensor} and `info`, whatever json writes, to `path`, a safetensors file with a checksum.
-
-    What was there becomes path.previous, so that at any moment one of the two is whole.
-    """
-    path, text = Path(path), json.dumps(info)
-    new = path.with_name(f".{path.name}.tmp")
-    write_safetensors(new, tensors, {"info": text, "sha256": checksum(tensors, text)})
-    if path.exists():
-        os.replace(path, previous(path))
-    os.replace(new, path)
-
-
-def read_state(path):
-    """(tensors, info) of one file. Raises BadInput where it is missing or damaged."""
-    _, metadata, _ = read_header(path)
-    tensors, text = read_safetensors(path), metadata.get("info", "")
-    if checksum(tensors, text) != metadata.get("sha256"):
-        raise BadInput(f"{path} is damaged: its checksum is another")
-    return tensors, json.loads(text)
+    """Write {name: tensor} and `info`, whatever json writes, to `path`, atomically, as safetensors with a checksum."""
+    text = json.dumps(info)
+    write_safetensors(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
 
 
 def load_state(path):
-    """(tensors, info, complaint) of the last whole state: `path`, or path.previous where that is damaged or missing.
-
-    complaint: what is wrong with `path` if it is there and damaged, else None. Raises BadInput: neither is whole.
-    """
-    path = Path(path)
-    if path.exists():
-        try:
-            return *read_state(path), None
-        except BadInput as e:
-            complaint = str(e)
-    else:  # a crash between the two steps of save_state
-        complaint = None
+    """(tensors, info) of what save_state wrote. Raises BadInput where it is missing or damaged."""
     try:
-        return *read_state(previous(path)), complaint
+        _, metadata, _ = read_header(path)
+        tensors, text = read_safetensors(path), metadata.get("info", "")
+        if checksum(tensors, text) != metadata.get("sha256"):
+            raise BadInput("its checksum is another")
     except BadInput as e:
-        raise BadInput(f"{complaint or e}, and there is no whole {previous(path).name} beside it") from None
-
-
-def remove_state(path):
-    for file in (path, previous(path)):
-        file.unlink(missing_ok=True)
-
-
-class Stopped(Exception):
-    """A signal, args[0], has come, and where the run is has been saved."""
-
-
-class Progress:
-    """Where a run is, in OUT/state.safetensors, for --resume.
-
-    A place is one call of `train`, named "METHOD SEED NUMBER". Of the places in the running seed that are behind us it
-    keeps what they trained, so that going through them once more takes no time; of the one we are in all that the next
-    step depends on; and of finished methods their entry for results.json and their timing.
-    """
-
-    def __init__(self, path, facts, every, resume=False, active=True):
-        self.path, self.every, self.active, self.signal = Path(path), every, active, None
-        self.saved_at = time.monotonic()
-        self.tensors, self.info = {}, {"facts": facts, "entries": {}, "places": {}, "log": 0}
-        if not resume:
-            return
-        self.tensors, self.info, complaint = load_state(path)
-        if complaint:
-            print(f"NOTICE: {complaint}; going on from the state before it", flush=True)
-            self.path.unlink()  # or the next save would put it in the place of the whole one
-        began = self.info["facts"]
-        for what in began | facts:
-            if (old := began.get(what)) != (new := facts.get(what)):
-                raise BadInput(f"--resume: {what} was {old!r} and is {new!r}; an interrupted run goes on as it began")
-
-    def begin(self, method, seed):
-        """Start, or start again, on a method: its (entry, timing) if it is finished, else None."""
-        self.method, self.number = f"{method} {seed}", 0
-        return self.info["entries"].get(self.method)
-
-    def enter(self):
-        """The next place of this method: ({name: tensor}, steps done, seconds per step), or ({}, 0, 0.0)."""
-        self.place, self.number = f"{self.method} {self.number}", self.number + 1
-        mine = {
-            name.removeprefix(self.place + "/"): x
-            for name, x in self.tensors.items()
-            if name.startswith(self.place + "/")
-        }
-        return mine, *self.info["places"].get(self.place, (0, 0.0))
-
-    def due(self):
-        return self.active and (self.signal is not None or time.monotonic() - self.saved_at >= self.every)
-
-    def save(self, tensors, step, seconds, log):
-        """After `step` of the place. Raises Stopped if a signal has come."""
-        self.tensors = {name: x for name, x in self.tensors.items() if not name.startswith(self.place + "/")}
-        self.tensors |= {f"{self.place}/{name}": x.detach().cpu().clone() for name, x in tensors.items()}
-        self.info["places"][self.place] = step + 1, seconds
-        self.write(log)
-        self.stop_if_asked()
-
-    def finish(self, entry, timed, log, needed):
-        """The method is done. needed: its adapters are, for another method of this seed."""
-        self.info["entries"][self.method] = entry, timed
-        if not needed:
-            self.forget(self.method)
-        self.write(log)
-        self.stop_if_asked()
-
-    def forget(self, method):
-        """Drop what the places of "METHOD SEED" trained: nothing will go through them again."""
-        past = method + " "
-        self.tensors = {name: x for name, x in self.tensors.items() if not name.startswith(past)}
-        self.info["places"] = {name: x for name, x in self.info["places"].items() if not name.startswith(past)}
-
-    def write(self, log):
-        if self.active:
-            self.info["log"], self.saved_at = log.tell(), time.monotonic()
-            save_state(self.path, self.tensors, self.info)
-
-    def stop_if_asked(self):
-        if self.signal is not None:
-            raise Stopped(self.signal)
+        raise BadInput(f"{path} is damaged: {e}; delete it and this training starts over") from None
+    return tensors, json.loads(text)
