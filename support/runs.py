@@ -17,11 +17,10 @@ import fcntl
 import functools
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import platform
-import queue
 import shlex
 import signal
 import sys
@@ -33,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
+from tqdm import tqdm
 
 from support.checkpoint import BadInput, atomic_write, load_state, read_json, save_state, write_text
 
@@ -334,57 +334,59 @@ class Watch:
 class Ticks:
     """In a worker, in the place of the progress bar: tells the parent."""
 
-    def __init__(self, done):
-        self.update, self.set_description = done.put, lambda text: None
+    def __init__(self, parent):
+        self.update, self.set_description = parent.send, lambda text: None
 
 
-def work(loaded, run, s, todo, done):
-    """A worker: run units until there are no more; an error is for the parent to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends this one
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+def work(loaded, run, s, parent):
+    """A worker: runs the units that come; an error is for the parent to say."""
+    alive = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (alive.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would be called leaked when this one is ended
     torch.set_num_threads(1)
     try:
         loaded = pickle.loads(loaded)
-        for unit in iter(todo.get, None):
-            run(unit, *loaded, s, Ticks(done))
-            done.put(unit)
+        while True:
+            parent.send(None)  # no batches, but room for a unit
+            run(parent.recv(), *loaded, s, Ticks(parent))
     except (BadInput, OSError, FloatingPointError) as e:
-        done.put(e)
+        parent.send(e)
 
 
 def run_jobs(units, jobs, loaded, run, s, bar):
     """run(unit, *loaded, s, bar) in `jobs` processes, each unit when what it is made of is finished.
 
-    Raises a worker's error. loaded goes to them as bytes: they read nothing again, and need no shared memory.
+    loaded goes to them as bytes, so they read nothing again, and need no shared memory. Raises a worker's error.
     """
-    context, loaded = multiprocessing.get_context("spawn"), pickle.dumps(loaded)
-    todo, done, waiting, left = context.Queue(), context.Queue(), list(units), len(units)
-    workers = [context.Process(target=work, args=(loaded, run, s, todo, done), daemon=True) for _ in range(jobs)]
+    context, workers, idle, waiting = multiprocessing.get_context("spawn"), {}, [], list(units)
+    loaded = pickle.dumps(loaded)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
     try:
-        for worker in workers:
-            worker.start()
-        while left:
-            for unit in [unit for unit in waiting if unit.ready]:
+        for _ in range(jobs):
+            here, there = context.Pipe()
+            workers[here] = context.Process(target=work, args=(loaded, run, s, there), daemon=True)
+            workers[here].start()
+            there.close()  # so that, when the worker ends, `here` does
+        signal.signal(signal.SIGINT, heard)
+        while waiting or len(idle) < jobs:
+            for worker in multiprocessing.connection.wait(workers):
+                try:
+                    said = worker.recv()
+                except (EOFError, ConnectionResetError):
+                    workers[worker].join()
+                    code = workers[worker].exitcode
+                    raise ChildProcessError(f"a worker ended with exit code {code}") from None
+                if isinstance(said, Exception):
+                    raise said
+                if said is None:
+                    idle.append(worker)
+                else:
+                    bar.update(said)
+            for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
                 waiting.remove(unit)
-                todo.put(unit)
-            try:
-                said = done.get(timeout=1)
-            except queue.Empty:
-                if codes := [worker.exitcode for worker in workers if worker.exitcode]:
-                    raise ChildProcessError(f"a worker ended with exit code {codes[0]}") from None
-                continue
-            if isinstance(said, Exception):
-                raise said
-            if isinstance(said, Unit):
-                left -= 1
-            else:
-                bar.update(said)
-        for _ in workers:
-            todo.put(None)
-        for worker in workers:
-            worker.join()
+                idle.pop().send(unit)
     finally:
-        for worker in [worker for worker in workers if worker.is_alive()]:
+        signal.signal(signal.SIGINT, heard)
+        for worker in workers.values():
             worker.terminate()
             worker.join()
