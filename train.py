@@ -375,7 +375,7 @@ def train(unit, model, tasks, encoder, s, log, bar):
         bar.update(len(tasks))
 
         last, now = step == s.steps - 1, time.perf_counter()
-        logged, due = last or step % max(1, s.steps // 50) == 0, not last and now - saved >= s.save_every
+        logged, due = last or step % max(1, s.steps // 50) == 0, not (last or RANK) and now - saved >= s.save_every
         if logged or due:  # only here the host waits for the device
             watch.check(unit)
         if logged:
@@ -387,7 +387,7 @@ def train(unit, model, tasks, encoder, s, log, bar):
             print(json.dumps(entry), file=log, flush=True)
         if s.eval_every and (step + 1) % s.eval_every == 0 and not RANK:
             print(json.dumps({"step": step, "scores": scores_in_training(model, encoder, tasks)}), file=log, flush=True)
-        if due and not RANK:
+        if due:
             runs.save(unit, step + 1, spent + now - begin, trained, optimizer, watch, log)
             saved = time.perf_counter()
     return watch, (spent + time.perf_counter() - begin) / s.steps

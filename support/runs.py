@@ -43,6 +43,15 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), 
 # Several processes under torchrun: the first one alone looks at OUT and writes to it
 
 
+@contextlib.contextmanager
+def together():
+    """What all processes do at once. Raises ConnectionError where another one has ended, which has said why."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise ConnectionError(f"another process has ended: {str(e).splitlines()[0]}") from None
+
+
 def agreed(do, everywhere=False):
     """What do() returns in the first process, for all of them; with `everywhere` each does it, and has its own.
 
@@ -56,11 +65,12 @@ def agreed(do, everywhere=False):
             error = e
     if WORLD > 1:
         errors, box = [None] * WORLD, [result]
-        dist.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
-        if error is None and not everywhere:
-            dist.broadcast_object_list(box, 0)
-            (result,) = box
+        with together():
+            dist.all_gather_object(errors, error)
+            error = next((e for e in errors if e is not None), None)
+            if error is None and not everywhere:
+                dist.broadcast_object_list(box, 0)
+                (result,) = box
     if error is not None:
         raise error
     return result
@@ -87,7 +97,8 @@ def average(*tensors):
     """Replace each tensor by its mean over all processes, in place, in one all-reduce. None stays None, everywhere."""
     tensors = [x for x in tensors if x is not None]
     flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat)
+    with together():
+        dist.all_reduce(flat)
     for x, mean in zip(tensors, (flat / WORLD).split([x.numel() for x in tensors]), strict=True):
         x.copy_(mean.view_as(x))
 
@@ -119,6 +130,10 @@ class Unit:
         return self.adapter(self.tasks[0] if self.own else "")
 
     @property
+    def state(self):
+        return self.folder / "state.safetensors"
+
+    @property
     def merged(self):
         """Whether it is made of the source's adapters without training."""
         return bool(self.source) and not self.own
@@ -135,7 +150,7 @@ class Unit:
     def finish(self, result, timing):
         write_text(self.folder / "timing.json", json.dumps(timing, indent=1) + "\n")
         write_text(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
 
 
 def units(out, methods, seeds, tasks):
@@ -152,7 +167,9 @@ def unfinished(units):
     """Those that are still to do. Raises BadInput where the source of one is neither there nor among them."""
     methods = {unit.method for unit in units}
     for unit in units:
-        if not (unit.finished or unit.ready or unit.source in methods):
+        if unit.finished:
+            unit.state.unlink(missing_ok=True)  # left by a process that was killed right then
+        elif not (unit.ready or unit.source in methods):
             raise BadInput(
                 f"--methods: {unit} is made from {unit.source}, which {unit.out} does not have; name that too"
             )
@@ -254,7 +271,7 @@ def save(unit, step, seconds, trained, optimizer, watch, log):
     tensors |= {f"{kind} {name}": x for name, p in trained.items() for kind, x in optimizer.state[p].items()}
     log.flush()
     os.fsync(log.fileno())
-    save_state(unit.folder / "state.safetensors", tensors, {"step": step, "seconds": seconds, "log": log.tell()})
+    save_state(unit.state, tensors, {"step": step, "seconds": seconds, "log": log.tell()})
 
 
 def resume(unit, trained, optimizer, watch, log):
@@ -262,8 +279,8 @@ def resume(unit, trained, optimizer, watch, log):
 
     Raises BadInput where the state is damaged: it is not used, and goes when the user deletes it.
     """
-    path = unit.folder / "state.safetensors"
-    tensors, info = agreed(lambda: load_state(path) if path.exists() else ({}, {"step": 0, "seconds": 0.0, "log": 0}))
+    begin = {}, {"step": 0, "seconds": 0.0, "log": 0}
+    tensors, info = agreed(lambda: load_state(unit.state) if unit.state.exists() else begin)
     if not RANK:
         log.truncate(info["log"])
         log.seek(0, os.SEEK_END)
