@@ -1,10 +1,11 @@
-"""Everything that touches disk: checkpoints in, adapters in and out, and every write atomic.
+"""Files: checkpoints in, adapters and states in and out, and every write atomic.
 
-    read_weights        model.safetensors, a sharded index, or pytorch_model.bin -> {name: tensor}
+    atomic_write, write_text        a file is there whole, or as it was before
+    read_json
     read_safetensors, write_safetensors
+    read_weights                    model.safetensors, a sharded index, or pytorch_model.bin -> {name: tensor}
     save_adapter, load_adapter      PEFT's adapter folders (adapter_config.json, adapter_model.safetensors)
-    save_masks, load_masks          LoRI's masks, beside them
-    save_state, load_state          where an interrupted training was
+    save_state, load_state          where a training was interrupted, under a checksum
 
 Bad files are the user's, not a bug's: every one of them raises `BadInput` with one line that says what is wrong where.
 """
@@ -20,7 +21,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from lora import LoRALinear, lora_layers, replace_module
 
@@ -39,6 +39,24 @@ def shown(value):
     return text if len(text) <= 300 else text[:300] + "…"
 
 
+def reason(error):
+    """What an error began with, in one line."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def as_bad_input(what):
+    """What `tokenizers` raises becomes BadInput; so does a panic of its Rust code, which is no Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise BadInput(f"{what}: {reason(e)}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -47,7 +65,8 @@ def shown(value):
 def atomic_write(path, move=os.replace):
     """Yield a temporary path beside `path`; when the block ends well, it replaces `path` in one step.
 
-    move: os.link instead, to raise FileExistsError where there is a `path` already.
+    Whatever goes wrong, `path` stays as it was and the temporary file goes. move: os.link instead, to raise
+    FileExistsError where there is a `path` already.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -61,11 +80,12 @@ def atomic_write(path, move=os.replace):
 
 
 def write_text(path, text):
+    """Write a text file, atomically: UTF-8, line ends as they are in `text`."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def regular(path):
+def require_file(path):
     """`path`, which must be a file: a device never ends, and a pipe never begins. Raises BadInput."""
     if path.exists() and not path.is_file():
         raise BadInput(f"{path} is not a regular file")
@@ -91,7 +111,7 @@ def parse_json(text):
 
 def read_json(path):
     """The JSON object in `path`. Raises BadInput: no such file, not JSON, not an object, a key twice, too large."""
-    path = regular(Path(path))
+    path = require_file(Path(path))
     try:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"it has more than {MAX_JSON} bytes")
@@ -127,7 +147,7 @@ def read_header(path):
 
     Every claim in the header is checked against the file's size before anything is allocated. Raises BadInput.
     """
-    path = regular(Path(path))
+    path = require_file(Path(path))
 
     def bad(what):
         return BadInput(f"{path} is not a complete safetensors file: {what}")
@@ -260,7 +280,7 @@ def read_pickle(path):
     A pickle may claim more numbers than it holds (a stride of 0, a compressed archive): what it claims is looked at
     first, on the "meta" device, and may be twice the file's size, for weights that are tied.
     """
-    size = regular(path).stat().st_size
+    size = require_file(path).stat().st_size
     for device in "meta", "cpu":
         try:
             if zipfile.is_zipfile(path):
@@ -358,40 +378,21 @@ def save_adapter(model, folder, task, base="", metadata=None):
     return folder
 
 
-PART = r"(\\[.\-dw]|\[[\w-]+\]|[\w.-])[*+]?|[()|^$]"  # of the regexes in a pattern that we take from a stranger
+def is_name(key):
+    """Whether a pattern's key is a plain name. peft takes a regex, but matching a stranger's could take for ever."""
+    return re.fullmatch(r"[\w.-]+", key) is not None
 
 
-def patterns(config, key, default):
-    """peft's rank_pattern / alpha_pattern: path -> the value whose key, a regex, matches the path's end, or default.
-
-    Raises ValueError: keys that could take long to match, as some regexes do for ever; re.error: no regex.
-    """
-    cost, found = 0, []
-    for name, value in (config.get(key) or {}).items():
-        if len(name) > 300 or not re.fullmatch(rf"({PART})*", name):
-            raise ValueError
-        ways = 60 ** min(sum(map(name.count, "*+")), 9) * 2 ** name.count("|")  # to match 60 characters
-        cost += 1000 + 10 * ways  # 1000: to compile it
-        if cost > 10**6 or re.search(r"\)[*+]", name):
-            raise ValueError
-        found.append((re.compile(rf"(.*\.)?({name})"), value))
-    return lambda path: next((value for regex, value in found if regex.fullmatch(path)), default)
+def find_named(pattern, path, default):
+    """The value of the first key of `pattern` that is `path`, or its end from a dot on; else `default`."""
+    parts = path.split(".")
+    ends = {".".join(parts[i:]) for i in range(len(parts))}
+    return next((value for key, value in pattern.items() if key in ends), default)
 
 
-def load_adapter(model, folder, task=None):
-    """Insert an adapter folder's LoRA layers into `model.encoder` and fill them, and the head of `task`, if given.
-
-    Reads what `save_adapter` and `peft` write: plain and rsLoRA scaling, any linear layers, rank and alpha patterns.
-    Everything is checked before the model is touched. Returns {path: LoRALinear}. Raises BadInput; ValueError where the
-    encoder has LoRA layers already.
-    """
-    if lora_layers(model.encoder):
-        raise ValueError("load_adapter: the encoder has LoRA layers already")
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BadInput(f"there is no adapter folder {folder}")
-    config = read_json(folder / "adapter_config.json")
-    where = f"adapter {folder}"
+def read_adapter_config(folder):
+    """adapter_config.json in `folder`. Raises BadInput for what plain LoRA layers can't hold, or hold differently."""
+    config, where = read_json(folder / "adapter_config.json"), f"adapter {folder}"
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{where} is of peft_type {shown(config.get('peft_type'))}; only LORA adapters can be loaded")
     for key in VARIANTS:
@@ -404,7 +405,26 @@ def load_adapter(model, folder, task=None):
         raise BadInput(f"{where} trained biases (bias={shown(config['bias'])}); only bias='none' can be loaded")
     if config.get("use_rslora") not in (None, True, False):
         raise BadInput(f"{where}: use_rslora is {shown(config['use_rslora'])}")
-    tensors = {}
+    if not all(isinstance(config.get(key) or {}, dict) for key in ("rank_pattern", "alpha_pattern")):
+        raise BadInput(f"{where}: rank_pattern and alpha_pattern must be objects of names and numbers")
+    if odd := [key for key in config.get("alpha_pattern") or () if not is_name(key)]:
+        raise BadInput(f"{where}: alpha_pattern has the key {shown(odd[0])}; only plain names of layers can be read")
+    return config
+
+
+def load_adapter(model, folder, task=None):
+    """Insert an adapter folder's LoRA layers into `model.encoder` and fill them, and the head of `task`, if given.
+
+    Reads what `save_adapter` and `peft` write: plain and rsLoRA scaling, any linear layers, any ranks (a layer's is the
+    number of rows of its A), an alpha_pattern of plain names. Everything is checked before the model is touched.
+    Returns {path: LoRALinear}. Raises BadInput; ValueError where the encoder has LoRA layers already.
+    """
+    if lora_layers(model.encoder):
+        raise ValueError("load_adapter: the encoder has LoRA layers already")
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"there is no adapter folder {folder}")
+    config, where, tensors = read_adapter_config(folder), f"adapter {folder}", {}
     for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
         if not name.startswith(ROOT) or not tensor.is_floating_point():
             raise BadInput(f"{where}: tensor {shown(name)} of type {tensor.dtype} is no adapter tensor ({ROOT}…)")
@@ -423,20 +443,20 @@ def load_adapter(model, folder, task=None):
     if not factors:
         raise BadInput(f"{where} holds no LoRA tensors")
     dropout, sizes = config.get("lora_dropout", 0.0), {}
-    try:
-        rank_of = patterns(config, "rank_pattern", config.get("r", 8))
-        alpha_of = patterns(config, "alpha_pattern", config.get("lora_alpha", 8))
-    except (TypeError, ValueError, OverflowError, AttributeError, RecursionError, re.error):
-        raise BadInput(f"{where}: the patterns in rank_pattern and alpha_pattern can't be read") from None
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    is_plain = all(map(is_name, ranks))
     for path, found in factors.items():
         base, name = modules[path], prefix + path
-        rank, alpha = rank_of(name), alpha_of(name)
+        for factor in "AB":
+            if factor not in found:
+                raise BadInput(f"{where} has no lora_{factor} for {name}")
+        rank, alpha = find_named(ranks, name, config.get("r", 8)), find_named(alphas, name, config.get("lora_alpha", 8))
+        if not is_plain:  # whatever rank_pattern's regexes match: A is (r, in)
+            rank = next(iter(found["A"].shape), 0)
         numbers = type(rank) is int and type(alpha) in (int, float) and type(dropout) in (int, float)
         if not numbers or rank < 1 or not abs(alpha) < 1e9 or not 0 <= dropout < 1:
             raise BadInput(f"{where} has r={shown(rank)}, lora_alpha={shown(alpha)}, lora_dropout={shown(dropout)}")
         for factor, shape in (("A", (rank, base.in_features)), ("B", (base.out_features, rank))):
-            if factor not in found:
-                raise BadInput(f"{where} has no lora_{factor} for {name}")
             if tuple(found[factor].shape) != shape:
                 size, want = tuple(found[factor].shape), shown(shape)
                 raise BadInput(f"{where}: lora_{factor} of {name} is {size}, should be {want}")
@@ -469,78 +489,36 @@ def load_adapter(model, folder, task=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks of LoRI: beside the adapter, a bit per entry of B
-
-MASKS = "masks.safetensors"
-
-
-def save_masks(folder, masks):
-    """Write masks into an adapter's folder, atomically, as masks.safetensors; peft does not look at it.
-
-    Per path uint8 (ceil(out * r / 8),): entry i of the flattened mask is bit i % 8 of byte i // 8. The header's
-    metadata has the shapes: {"shapes": '{path: [out, r]}'}.
-    """
-    packed = {}
-    for path, mask in masks.items():
-        bits = F.pad(mask.detach().cpu().flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-        packed[path] = (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)  # (ceil(out * r / 8),)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = json.dumps({path: list(mask.shape) for path, mask in masks.items()}, separators=(",", ":"))
-    write_safetensors(folder / MASKS, packed, {"shapes": shapes})
-
-
-def load_masks(folder):
-    """The masks that `save_masks` wrote; whether they fit a model `lori.check_masks` says. Raises BadInput."""
-    path = Path(folder) / MASKS
-    _, metadata, _ = read_header(path)
-    packed, masks = read_safetensors(path), {}
-    try:
-        shapes = parse_json(metadata["shapes"])
-        if shapes.keys() != packed.keys() or not packed:
-            raise ValueError
-        for name, (out, r) in shapes.items():
-            if not (type(out) is type(r) is int and out >= 0 and r >= 0 and packed[name].dtype == torch.uint8):
-                raise ValueError
-            count = out * r
-            if packed[name].shape != (-(-count // 8),):
-                raise ValueError
-            bits = packed[name][:, None] >> torch.arange(8, dtype=torch.uint8)
-            bits = bits.bitwise_and_(1).view(torch.bool).flatten()  # no copy: the bools take 8 times the file already
-            if bits[count:].any():
-                raise ValueError
-            masks[name] = bits[:count].view(out, r)
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RuntimeError):  # a RecursionError too
-        raise BadInput(f"{path} holds no masks: shapes and bits do not fit") from None
-    return masks
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Resumable state
+# Where a training was interrupted
 
 
 def checksum(tensors, info):
-    """SHA-256 of names, types, shapes, contents and `info`, a string."""
+    """SHA-256 of names, types, shapes and contents, and of `info`, a string."""
     digest = hashlib.sha256(info.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def save_state(path, tensors, info):
-    """Write {name: tensor} and `info`, whatever json writes, to `path`, atomically, as safetensors with a checksum."""
+    """Write {name: tensor} and `info`, whatever json writes, to one safetensors file with a checksum, atomically."""
     text = json.dumps(info)
     write_safetensors(path, tensors, {"info": text, "sha256": checksum(tensors, text)})
 
 
 def load_state(path):
-    """(tensors, info) of what save_state wrote. Raises BadInput where it is missing or damaged."""
+    """(tensors, info) of a file by `save_state`. Raises BadInput: it is missing, can't be read, or is damaged."""
+    path, damage = Path(path), ""
     try:
         _, metadata, _ = read_header(path)
-        tensors, text = read_safetensors(path), metadata.get("info", "")
-        if checksum(tensors, text) != metadata.get("sha256"):
-            raise BadInput("its checksum is another")
+        tensors, info = read_safetensors(path), metadata.get("info", "")
+        if checksum(tensors, info) != metadata.get("sha256"):
+            damage = "its checksum is another"
     except BadInput as e:
-        raise BadInput(f"{path} is damaged: {e}; delete it and this training starts over") from None
-    return tensors, json.loads(text)
+        damage = str(e).partition(f"{path} is ")[2]
+        if not damage:  # it is not there, or can't be read, but may be whole
+            raise
+    if damage:
+        raise BadInput(f"{path} is damaged: {damage}; delete it and this training starts over")
+    return tensors, json.loads(info)

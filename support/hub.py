@@ -1,21 +1,25 @@
 """A name -> a folder or a dataset, or one clear line. The Hub is asked once.
 
-find_checkpoint     a local folder or a Hub id -> a folder with config.json, tokenizer.json and weights
-read_splits         a task of a GLUE folder, or of a dataset on the Hub -> {split: datasets.Dataset}
+    find_checkpoint     a local folder or a Hub id -> a folder with config.json, tokenizer.json and weights
+    read_splits         a task of a GLUE folder, or of a dataset on the Hub -> {split: datasets.Dataset}
+
+A local folder is never looked for on the Hub. Where the Hub does not answer, or refuses, its libraries' cache is all
+there is: what is there is found, and what is not raises `HubError` with what the Hub said.
 """
 
 import contextlib
-import http.client
 import io
 import logging
 import os
 import re
 import threading
-import urllib.error
-import urllib.request
+import time
 from pathlib import Path
 
-from support.checkpoint import BadInput, shards
+from support.checkpoint import BadInput, reason, shards
+
+PATIENCE = 5  # seconds that the Hub has to answer
+PAUSE = 60  # seconds in which a Hub that gave no answer is not asked again, but taken to be as silent
 
 
 class HubError(BadInput):
@@ -23,14 +27,8 @@ class HubError(BadInput):
 
 
 def looks_like_path(name):
+    """Whether a name means a path; a Hub id is "name" or "owner/name"."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def reason(error):
-    """What an error began with, in one line."""
-    while error.__cause__:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hub_error(kind, name, error):
@@ -51,26 +49,44 @@ def hub_error(kind, name, error):
     return HubError(f"{kind} {name!r} can't be had from the Hub: {why}{where}; {advice}, or give a local folder")
 
 
+silent_until = 0.0  # on time.monotonic's clock
+
+
 def ask_hub(kind, name, file, revision="main"):
     """Ask the Hub for a file's headers: None, or a HubError that says why the model or dataset can't be had.
 
-    Only once: its libraries would try a Hub that is down for 25 seconds, and wait as long as a busy one tells them to.
-    Raises BadInput for what is no Hub id.
+    Once, and for PATIENCE seconds at most: its libraries would try a Hub that is down for 25 seconds, and wait as long
+    as a busy one tells them to. Raises BadInput for what is no Hub id.
     """
-    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
+    global silent_until
+    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, and may be set until a Hub is needed.
     from huggingface_hub import errors as hub
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     try:
-        get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind, revision=revision))
-    except hub.EntryNotFoundError:
-        pass  # the file is not there, the repository is
+        url = hf_hub_url(name, file, repo_type=kind, revision=revision)
     except hub.HFValidationError:
         raise BadInput(f"{name!r} is neither a folder nor a Hub id") from None
-    except hub.RevisionNotFoundError:
+    answers = []
+
+    def ask():
+        try:
+            get_hf_file_metadata(url)
+            answers.append(None)
+        except Exception as e:  # no network, a proxy: classes of several packages
+            answers.append(e)
+
+    if time.monotonic() >= silent_until:
+        thread = threading.Thread(target=ask, daemon=True)  # waited for from outside: a name look-up has no timeout
+        thread.start()
+        thread.join(PATIENCE)
+        silent_until = 0.0 if answers else time.monotonic() + PAUSE
+    error = answers[0] if answers else TimeoutError(f"no answer in {PATIENCE} seconds")
+    if error is None or isinstance(error, hub.EntryNotFoundError):  # the file is not there, but the repository is
+        return None
+    if isinstance(error, hub.RevisionNotFoundError):
         return HubError(f"{kind} {name!r} has no revision {revision!r}; try 'main'")
-    except Exception as e:  # no network, a proxy: classes of several packages
-        return hub_error(kind, name, e)
+    return hub_error(kind, name, error)
 
 
 def find_checkpoint(path_or_id, revision="main"):
@@ -86,18 +102,22 @@ def find_checkpoint(path_or_id, revision="main"):
 
     trouble = ask_hub("model", str(path_or_id), "config.json", revision)  # then the cache is all there is
     from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub import hf_hub_download, logging, try_to_load_from_cache
 
     logging.set_verbosity_error()  # no warning for each of its retries
 
     def download(*names):
         """The first of `names` that the repository has; None where it has none."""
         for name in names:
+            if trouble:  # hf_hub_download has things to ask even for local_files_only
+                cached = try_to_load_from_cache(path_or_id, name, revision=revision)
+                if isinstance(cached, str):
+                    return Path(cached)
+                continue
             try:
-                return Path(hf_hub_download(path_or_id, name, revision=revision, local_files_only=bool(trouble)))
+                return Path(hf_hub_download(path_or_id, name, revision=revision))
             except hub.LocalEntryNotFoundError:
-                if not trouble:
-                    raise
+                raise
             except hub.EntryNotFoundError:
                 continue
         return None
@@ -155,8 +175,7 @@ def read_splits(name, source):
     if not folder.is_dir() and (looks_like_path(source) or folder.exists()):
         raise BadInput(f"there is no GLUE folder {source}")
 
-    # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, after train.py has set them.
-    import datasets
+    import datasets  # here, not above: as in ask_hub
 
     trouble = None if folder.is_dir() else ask_hub("dataset", source, "README.md")
     offline = datasets.config.HF_HUB_OFFLINE
@@ -185,29 +204,3 @@ def read_splits(name, source):
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
     raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or 'none'}")
-
-
-def hub_answers(seconds=5):
-    """Whether the Hub answers at all. The libraries retry for 25 seconds before they give up, so ask once ourselves."""
-    url, answers = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
-            answers.append(True)
-        except urllib.error.HTTPError as e:
-            answers.append(e.code < 500)
-        except (OSError, ValueError, http.client.HTTPException):
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout, so wait for it from outside
-    thread.start()
-    thread.join(seconds)
-    return bool(answers) and answers[0]
-
-
-def go_offline_if_hub_is_down(*sources):
-    """Where something must come from the Hub and it does not answer, let the libraries look in their caches alone."""
-    remote = [x for x in sources if not (looks_like_path(x) or Path(x).exists())]
-    if remote and "HF_HUB_OFFLINE" not in os.environ and not hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's libraries when they are imported, which is later

@@ -1,4 +1,4 @@
-"""checkpoint.py against the `safetensors` library, `peft`, `huggingface_hub`, and against damaged and hostile files."""
+"""support/checkpoint.py against the `safetensors` library and `peft`, and against damaged and hostile files."""
 
 import copy
 import json
@@ -21,11 +21,13 @@ from support.checkpoint import (
     BadInput,
     atomic_write,
     load_adapter,
+    load_state,
     read_header,
     read_json,
     read_safetensors,
     read_weights,
     save_adapter,
+    save_state,
     write_safetensors,
     write_text,
 )
@@ -72,6 +74,37 @@ def test_a_failed_write_of_tensors_leaves_the_old_file(tmp_path):
     with pytest.raises(NotImplementedError):  # no data to write, found when the header is written already
         write_safetensors(path, {"x": torch.zeros(2, device="meta")})
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_text_is_written_as_it_is(tmp_path):
+    write_text(tmp_path / "x.tsv", "a\nb\r\n")
+    assert (tmp_path / "x.tsv").read_bytes() == b"a\nb\r\n"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x.tsv", "new \ud800")
+    assert (tmp_path / "x.tsv").read_bytes() == b"a\nb\r\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a power cut could leave the name and not the content."""
+    synced, fsync = [], os.fsync
+
+    def note(file):
+        synced.append((os.readlink(f"/proc/self/fd/{file}"), (tmp_path / "x").exists()))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with atomic_write(tmp_path / "x") as temporary:
+        temporary.write_text("new")
+    assert synced == [(str(temporary), False)] and (tmp_path / "x").read_text() == "new"
+
+
+def test_a_file_that_is_there_can_be_left_alone(tmp_path):
+    write_text(tmp_path / "x", "first")
+    with pytest.raises(FileExistsError), atomic_write(tmp_path / "x", move=os.link) as temporary:
+        temporary.write_text("second")
+    with atomic_write(tmp_path / "y", move=os.link) as temporary:
+        temporary.write_text("first")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x": "first", "y": "first"}
 
 
 def test_read_json(tmp_path):
@@ -384,7 +417,7 @@ def fill(parameters, seed=0):
 
 def ours(folder, tasks, **lora):
     """Our model on that checkpoint, with LoRA and heads that look trained."""
-    model = MultiTaskModel(load_encoder(folder, quiet=True), tasks)
+    model = MultiTaskModel(load_encoder(folder), tasks)
     if lora:
         add_lora(model.encoder, **lora)
         fill(p for p in model.parameters() if p.requires_grad)
@@ -461,14 +494,14 @@ def test_save_and_load_is_the_same_to_the_bit(kind, tmp_path):
     identical(alone.encoder.state_dict(), model.encoder.state_dict())
 
 
-PATTERNS = {  # of whole names, as peft matches their ends
+PATTERNS = {  # of whole names, as peft matches their ends; a rank's may be a regex, the tensors say it as well
     "target_modules": "all-linear",
     "rank_pattern": {r"layer\.0\.attention\..*": 9, r"layer\.1\..*\.(value|v_lin)": 2, "lin1": 3},
-    "alpha_pattern": {r"layer\.1\..*": 5, r"layer\.0\..*\.(value|v_lin)": 3},
+    "alpha_pattern": {"layer.1.attention.self.query": 5, "layer.1.attention.q_lin": 5, "dense": 3, "lin2": 3},
 }
-SHORT_PATTERNS = {
+SHORT_PATTERNS = {  # the first that fits counts, in the file's order: peft sorts them when it saves
     "rank_pattern": {"query": 5, "q_lin": 5},
-    "alpha_pattern": {"self.query": 1, "attention.q_lin": 1},
+    "alpha_pattern": {"attention.q_lin": 1, "attention.self.query": 1, "lin": 3, "q_lin": 2, "query": 2, "uery": 3},
 }
 PEFT = {
     "plain": {},
@@ -557,9 +590,13 @@ BAD_CONFIG = [
     ({"lora_alpha": 10**400}, "lora_alpha=1000"),
     ({"lora_dropout": 1.5}, "lora_dropout=1.5"),
     ({"lora_dropout": []}, "lora_dropout"),
-    ({"rank_pattern": ["query"]}, "patterns"),
-    ({"rank_pattern": {"(": 2}}, "patterns"),
+    ({"rank_pattern": ["query"]}, "rank_pattern and alpha_pattern must be objects"),
+    ({"alpha_pattern": "query"}, "rank_pattern and alpha_pattern must be objects"),
     ({"rank_pattern": {"query": 2}}, "(2,"),
+    ({"rank_pattern": {"query": "4"}}, "r='4'"),
+    ({"alpha_pattern": {"query": "4"}}, "lora_alpha='4'"),
+    ({"alpha_pattern": {r"layer\.1\..*": 4}}, r"alpha_pattern has the key 'layer\\.1\\..*'; only plain names"),
+    ({"alpha_pattern": {"": 4}}, "alpha_pattern has the key ''"),
 ]
 
 
@@ -624,6 +661,78 @@ def test_nothing_to_save(bert, tmp_path):
         save_adapter(model, tmp_path / "new", "rte")
     assert not (tmp_path / "new").exists()
     assert isinstance(next(iter(layers.values())), LoRALinear)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a training was interrupted
+
+
+@pytest.fixture
+def state(tmp_path):
+    """(path, tensors, info) of a saved state."""
+    path, info = tmp_path / "state.safetensors", {"step": 3, "seconds": 0.1 + 0.2, "who": ["ü", None, True]}
+    save_state(path, every_dtype(), info)
+    return path, every_dtype(), info
+
+
+def test_a_state_comes_back_to_the_bit(state):
+    path, tensors, info = state
+    found, again = load_state(path)
+    identical(found, tensors)
+    assert again == info
+    identical(safetensors.torch.load_file(path), tensors)
+    save_state(path, {}, 4)
+    assert load_state(str(path)) == ({}, 4) and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def damaged(path):
+    message = refused(load_state, path)
+    assert message.startswith(f"{path} is damaged: ") and message.count(str(path)) == 1
+    assert message.endswith("; delete it and this training starts over")
+    return message
+
+
+def test_a_state_of_which_anything_has_changed(state):
+    path, tensors, info = state
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(start, len(whole)):  # every byte of the tensors
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert "its checksum is another" in damaged(path)
+    for length in 0, 7, start - 1, start, len(whole) - 1:
+        path.write_bytes(whole[:length])
+        assert "not a complete safetensors file" in damaged(path)
+    for old, new in (b'step\\": 3', b'step\\": 4'), (b'"F64', b'"I64'), (b"[3,4]", b"[4,3]"), (b"(5,)", b"(6,)"):
+        assert old in whole[:start]
+        path.write_bytes(whole.replace(old, new))
+        damaged(path)
+    write_safetensors(path, tensors, {"info": "{}"})  # whole, but by someone else
+    assert "its checksum is another" in damaged(path)
+    path.write_bytes(whole)
+    assert load_state(path)[1] == info
+
+
+def test_a_state_that_is_missing_or_cannot_be_read(tmp_path):
+    path = tmp_path / "state.safetensors"
+    assert refused(load_state, path, naming=tmp_path) == f"{tmp_path} has no state.safetensors"
+    path.symlink_to(path)  # there, but who knows what is in it: nothing to delete
+    assert "can't be read" in refused(load_state, path) and "delete" not in refused(load_state, path)
+    path.unlink()
+    path.mkdir()
+    assert "not a regular file" in damaged(path)
+
+
+def test_an_interrupted_save_leaves_the_state_before_it(state, monkeypatch):
+    path, tensors, info = state
+
+    def fail(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_state(path, {"x": torch.ones(2)}, {"step": 4})
+    identical(load_state(path)[0], tensors)
+    assert load_state(path)[1] == info and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,9 @@ import torch
 from glue import encode, load_tokenizer
 from model import load_encoder
 from support.checkpoint import (
-    MASKS,
     MAX_JSON,
     BadInput,
     load_adapter,
-    load_masks,
     read_header,
     read_json,
     read_safetensors,
@@ -52,9 +50,9 @@ def refused(function, *arguments, naming):
 def test_mutated_files(valid):
     """100,000 in `python tests/fuzz.py`; here some of another seed."""
     valid.seed = 1
-    assert valid.run(range(3000)) is None, fuzz.listing(valid.table)
+    assert valid.run(range(2800)) is None, fuzz.listing(valid.table)
     for kind, (tried, loaded, said, _, _) in valid.table.items():
-        assert tried == 375 and loaded + said == tried and loaded and said, kind
+        assert tried == 400 and loaded + said == tried and loaded and said, kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +160,7 @@ def test_sizes_are_compared_before_memory_is_taken(files):
     """config.json claims 400 TB and the layers of a hundred models; its weights are those of a tiny one."""
     path = files / "bert/config.json"
     raw = json.loads(path.read_text())
-    load_encoder(files / "bert", quiet=True)  # what torch imports for the meta device is not what is measured
+    load_encoder(files / "bert")  # what torch imports for the meta device is not what is measured
     path.write_text(json.dumps({**raw, "vocab_size": 10**7, "hidden_size": 10**7, "num_hidden_layers": 100}))
     tracemalloc.start()
     try:
@@ -172,15 +170,24 @@ def test_sizes_are_compared_before_memory_is_taken(files):
         tracemalloc.stop()
 
 
+# As keys of peft's patterns: some would take for ever to match, some to compile, and some are none.
+REGEXES = [
+    "(a+)+b",
+    r"([\w.]+)+!",
+    "(.|.)" * 40 + "!",
+    ".*" * 20 + "!",
+    "(?=(a*)*b)",
+    "(" * 2000,
+    "a" * 10**5 + "*",
+    "\n",
+]
 ADAPTERS = [  # one change of adapter_config.json
-    {"rank_pattern": {"(a+)+b": 2}},
-    {"rank_pattern": {r"([\w.]+)+!": 2}},
-    {"rank_pattern": {"(.|.)" * 40 + "!": 2}},
-    {"rank_pattern": {".*" * 20 + "!": 2}},
-    {"alpha_pattern": {"(?=(a*)*b)": 2}},
-    {"alpha_pattern": {"(" * 2000: 2}},
-    {"alpha_pattern": {f"layer{i}": 2 for i in range(200_000)}},
+    *({"alpha_pattern": {regex: 2}} for regex in REGEXES),
+    {"alpha_pattern": {f"layer{i}.*": 2 for i in range(200_000)}},
     {"alpha_pattern": {"query": True}},
+    {"alpha_pattern": {"query": DEEP}},
+    {"rank_pattern": {"query": DEEP}},
+    {"rank_pattern": {"query": -2}},
     {"rank_pattern": {"query": 2.0}},
     {"r": True},
     {"r": 2.0},
@@ -203,6 +210,19 @@ def test_adapter_configs(change, files):
     refused(load_adapter, fuzz.tiny("roberta"), path.parent, "rte", naming=path.parent)
 
 
+MANY = {f"layer{i}": 2 for i in range(200_000)}
+
+
+@pytest.mark.parametrize("ranks", [*({regex: 9} for regex in REGEXES), MANY], ids=lambda ranks: str(ranks)[:20])
+def test_a_rank_pattern_is_no_matter(ranks, files):
+    """The rank of a layer is that of its A; and names that no layer has are many, but soon looked up."""
+    path = files / "roberta/adapter/adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({**raw, "rank_pattern": ranks, "alpha_pattern": MANY}))
+    layers = load_adapter(fuzz.tiny("roberta"), path.parent, "rte")
+    assert len(layers) == 2 and all(layer.r == 2 == len(layer.A) for layer in layers.values())
+
+
 def test_adapter_with_many_tensors_of_nothing(files):
     path = files / "roberta/adapter/adapter_model.safetensors"
     empty = {f"base_model.model.x{i}": torch.zeros(0) for i in range(20_000)}
@@ -220,26 +240,6 @@ def test_adapter_with_a_layer_under_two_names(files):
     name = next(n for n in tensors if "lora_A" in n)
     write_safetensors(path, {**tensors, name.replace("roberta.", ""): torch.zeros_like(tensors[name])})
     assert "twice" in refused(load_adapter, fuzz.tiny("roberta"), path.parent, "rte", naming=path.parent)
-
-
-SHAPES = [
-    '{"x": [0, 1%s]}' % ("0" * 30),
-    '{"x": [-2, -4]}',
-    '{"x": [2.0, 4]}',
-    '{"x": [true, 8]}',
-    '{"x": "28"}',
-    '{"x": ["2", 1000000000000]}',
-    '{"x": [2, 4], "x": [2, 4]}',
-    '{"x": [1e400, 1]}',
-    "[" * 10**5,
-]
-
-
-@pytest.mark.parametrize("shapes", SHAPES, ids=lambda text: text[:30])
-def test_masks(shapes, tmp_path):
-    count = 0 if "[0," in shapes else 1
-    write_safetensors(tmp_path / MASKS, {"x": torch.zeros(count, dtype=torch.uint8)}, {"shapes": shapes})
-    refused(load_masks, tmp_path, naming=tmp_path / MASKS)
 
 
 TOKENIZERS = {  # what the first text meets: (number of the seed, where in the file, what is there then)
@@ -346,7 +346,7 @@ def test_a_pickle_with_code_beside_a_whole_model(files):
         refused(load_encoder, folder, naming=folder / "pytorch_model.bin")
         assert not sprung.exists()
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
-        load_encoder(folder, quiet=True)
+        load_encoder(folder)
     torch.save(Trap(sprung), folder / "x.bin")
     torch.load(folder / "x.bin", weights_only=False)
     assert sprung.exists()  # so it would have

@@ -6,6 +6,7 @@ Only what the two ask for: a file, and of a dataset also its revision and its li
 import contextlib
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -77,3 +78,23 @@ def serve(repositories, statuses=None, log=None, breaks=None):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def silence():
+    """Yield (the address of a Hub that listens and never accepts, a function: how many connections wait for it)."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        server.setblocking(False)
+        waiting = []
+
+        def count():
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting.append(server.accept()[0])
+            return len(waiting)
+
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}", count
+        finally:
+            for connection in waiting:
+                connection.close()
