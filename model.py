@@ -34,6 +34,7 @@ DISTILBERT_LAYER = {
     "norm1": "sa_layer_norm", "up": "ffn.lin1", "down": "ffn.lin2", "norm2": "output_layer_norm",
 }
 OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: as elsewhere
+LIMITS = {"num_hidden_layers": (1, 100), "pad_token_id": (0, 10**7), "type_vocab_size": (0, 10**7)}  # else 1 to 10**7
 FAMILIES = {  # model_type: prefix in task models, other keys than Config's, stack of layers, layer
     "bert": ("bert.", {}, "encoder.layer", BERT_LAYER),
     "roberta": ("roberta.", {}, "encoder.layer", BERT_LAYER),
@@ -89,22 +90,22 @@ def read_config(raw, where="config.json"):
         raise BadInput(f"{where}: model_type {shown(family)} is none of {', '.join(FAMILIES)}")
     for key, plain in ("position_embedding_type", "absolute"), ("is_decoder", False):
         if raw.get(key, plain) != plain:
-            value = shown(raw[key])
-            raise BadInput(f"{where}: {key} is {value}; only plain encoders with absolute positions can be loaded")
-    keys = {field.name: FAMILIES[family][1].get(field.name, field.name) for field in dataclasses.fields(Config)}
+            raise BadInput(f"{where}: {key} is {shown(raw[key])}; it must be {plain!r}, others can't be loaded")
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    keys = {name: FAMILIES[family][1].get(name, name) for name in kinds}
     values = {"type_vocab_size": 0, "layer_norm_eps": 1e-12} if family == "distilbert" else {}  # what it doesn't say
-    for field in [field for field in dataclasses.fields(Config) if field.name not in values]:
-        key, kind = keys[field.name], field.type
+    for name in [name for name in kinds if name not in values]:
+        key, kind = keys[name], kinds[name]
         if key not in raw and key not in OPTIONAL:
             raise BadInput(f"{where} has no {key}")
         value = raw.get(key, OPTIONAL.get(key))
-        if field.name == "classifier_dropout" and value is None:
+        if name == "classifier_dropout" and value is None:
             value = values["hidden_dropout_prob"]
-        low = 1 if kind is int and key not in ("pad_token_id", "type_vocab_size") else 0
-        high = 1 if kind is float else 100 if field.name == "num_hidden_layers" else 10_000_000
-        if type(value) not in ((float, int) if kind is float else (kind,)) or not (kind is str or low <= value <= high):
+        low, high = (0, 1) if kind is float else LIMITS.get(name, (1, 10**7))
+        is_kind = type(value) in (int, float) if kind is float else type(value) is kind  # a bool is no int here
+        if not is_kind or (kind is not str and not low <= value <= high):
             raise BadInput(f"{where}: {key} is {shown(value)}")
-        values[field.name] = value
+        values[name] = value
     c = Config(**values)
     if c.hidden_act not in ACTIVATIONS:
         raise BadInput(f"{where}: {keys['hidden_act']} {shown(c.hidden_act)} is none of {', '.join(ACTIVATIONS)}")
@@ -114,8 +115,7 @@ def read_config(raw, where="config.json"):
     if c.pad_token_id >= c.vocab_size:
         raise BadInput(f"{where}: pad_token_id {c.pad_token_id} is beyond vocab_size {c.vocab_size}")
     if c.max_length < 1:
-        positions = f"max_position_embeddings {c.max_position_embeddings}"
-        raise BadInput(f"{where}: {positions} leaves no room beside pad_token_id {c.pad_token_id}")
+        raise BadInput(f"{where}: max_position_embeddings {c.max_position_embeddings} leaves no room for a token")
     return c
 
 
@@ -150,25 +150,20 @@ class Layer(nn.Module):
         self.dropout, self.attention_dropout = c.hidden_dropout_prob, c.attention_probs_dropout_prob
         self.attended_dropout = 0.0 if c.model_type == "distilbert" else c.hidden_dropout_prob  # it has none there
         self.paths = FAMILIES[c.model_type][3]
-        sizes = {"up": (c.hidden_size, c.intermediate_size), "down": (c.intermediate_size, c.hidden_size)}
+        width, inner = c.hidden_size, c.intermediate_size
+        sizes = {"up": (width, inner), "down": (inner, width)}
         for part, path in self.paths.items():
-            norm = part.startswith("norm")
-            put(
-                self,
-                path,
-                nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-                if norm
-                else nn.Linear(*sizes.get(part, (c.hidden_size, c.hidden_size))),
-            )
+            if part.startswith("norm"):
+                put(self, path, nn.LayerNorm(width, c.layer_norm_eps))
+            else:
+                put(self, path, nn.Linear(*sizes.get(part, (width, width))))
 
     def forward(self, x, mask, tokens=None):
         """x: (batch, length, width) -> the same, or its first `tokens` alone; mask: as for `attention`."""
         at = {part: self.get_submodule(path) for part, path in self.paths.items()}
         kept = x[:, :tokens]  # (batch, tokens, width): these read from all of x
-        q, k, v = (
-            at[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name, y in (("query", kept), ("key", x), ("value", x))
-        )
+        q, k, v = at["query"](kept), at["key"](x), at["value"](x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (batch, heads, n, d)
         p = self.attention_dropout if self.training else 0.0
         mixed = attention(q, k, v, mask, p)  # (batch, heads, tokens, width / heads)
         mixed = at["attended"](mixed.transpose(1, 2).flatten(2))  # (batch, tokens, width)
@@ -239,12 +234,15 @@ class Head(nn.Module):
     def __init__(self, config, outputs, own_pooler=False):
         super().__init__()
         c, self.family, self.dropout = config, config.model_type, config.classifier_dropout
-        self.dense_path, self.out_path, self.saved = {  # saved: what peft calls modules_to_save
-            "bert": ("bert.pooler.dense", "classifier", ["classifier", "pooler"])
-            if own_pooler
-            else (None, "classifier", ["classifier"]),
-            "distilbert": ("pre_classifier", "classifier", ["classifier", "pre_classifier"]),
-        }.get(c.model_type, ("classifier.dense", "classifier.out_proj", ["classifier"]))
+        self.out_path, self.saved = "classifier", ["classifier"]  # saved: what peft calls modules_to_save
+        if c.model_type == "distilbert":
+            self.dense_path, self.saved = "pre_classifier", ["classifier", "pre_classifier"]
+        elif c.model_type != "bert":
+            self.dense_path, self.out_path = "classifier.dense", "classifier.out_proj"
+        elif own_pooler:
+            self.dense_path, self.saved = "bert.pooler.dense", ["classifier", "pooler"]
+        else:
+            self.dense_path = None
         if self.dense_path:
             put(self, self.dense_path, nn.Linear(c.hidden_size, c.hidden_size))
         put(self, self.out_path, nn.Linear(c.hidden_size, outputs))
@@ -290,45 +288,33 @@ class MultiTaskModel(nn.Module):
 
 
 def encoder_tensors(tensors, prefix):
-    """({the encoder's name: tensor}, other names): without the task model's prefix, LayerNorm's old names renewed."""
+    """{the encoder's name: tensor} of a file: without the task model's prefix, LayerNorm's old names renewed."""
     if any(name.startswith(prefix) for name in tensors):
-        inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        outside = [name for name in tensors if not name.startswith(prefix)]
-    else:
-        inside, outside = tensors, []
-    renew = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    for old, new in renew.items():
-        inside = {name.removesuffix(old) + new if name.endswith(old) else name: t for name, t in inside.items()}
-    return inside, outside
+        tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    for old, new in ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"):
+        tensors = {name.removesuffix(old) + new if name.endswith(old) else name: t for name, t in tensors.items()}
+    return tensors
 
 
-def load_encoder(path_or_id, revision="main", quiet=False):
+def load_encoder(path_or_id, revision="main"):
     """The encoder of a local checkpoint folder or a Hub id, in float32 and eval mode.
 
-    Every tensor of the encoder must be in the file with its exact shape; what the file has beyond (a language model's
-    head, RoBERTa's unused pooler, saved position numbers) is named in a line and ignored. Raises BadInput, HubError.
+    Every tensor of the encoder must be in the file with its exact shape; what the file has beyond is ignored: a
+    language model's head, RoBERTa's unused pooler, saved position numbers. Raises BadInput, HubError.
     """
     folder = find_checkpoint(path_or_id, revision)
     config = read_config(read_json(folder / "config.json"), where=str(folder / "config.json"))
-    tensors, extra = encoder_tensors(read_weights(folder), config.prefix)
-    with torch.device("meta"):
+    tensors = encoder_tensors(read_weights(folder), config.prefix)
+    with torch.device("meta"):  # names and shapes alone: memory is taken when the file has been held against them
         encoder = Encoder(config, pooler=config.model_type == "bert" and "pooler.dense.weight" in tensors)
     expected = encoder.state_dict()
     for name, wanted in expected.items():
         if name not in tensors:
             raise BadInput(f"{folder}: the weights have no tensor {name!r}")
-        if tensors[name].shape != wanted.shape:
-            found, want = tuple(tensors[name].shape), tuple(wanted.shape)
-            raise BadInput(f"{folder}: tensor {name!r} is {found}, config.json asks for {want}")
-        if not tensors[name].is_floating_point():
-            raise BadInput(f"{folder}: tensor {name!r} is of type {tensors[name].dtype}")
-    extra = sorted(extra + [name for name in tensors if name not in expected])
-    if extra and not quiet:
-        print(
-            f"{path_or_id}: ignored {len(extra)} tensors beyond the encoder: {', '.join(extra[:10])}"
-            + (", …" if len(extra) > 10 else "")
-        )
-    if config.model_type == "bert" and not encoder.has_pooler and not quiet:
-        print(f"{path_or_id}: no pooler in the checkpoint; every task trains its own")
+        tensor, shape = tensors[name], tuple(wanted.shape)
+        if tuple(tensor.shape) != shape:
+            raise BadInput(f"{folder}: tensor {name!r} is {tuple(tensor.shape)}, config.json asks for {shape}")
+        if not tensor.is_floating_point():
+            raise BadInput(f"{folder}: tensor {name!r} is of type {tensor.dtype}")
     encoder.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)
     return encoder.eval()
