@@ -1,15 +1,15 @@
 """GLUE: nine tasks and the diagnostic set, as data, batches, scores and leaderboard files. It knows no model.
 
 accuracy, f1, matthews, pearson, spearman      (predictions, labels) -> float
-TASKS                                          one row a task
-score                                          a task's official metrics and their mean
+TASKS, score                                   a row for each task; its official metrics and their mean
 load_task                                      the Hub's nyu-mll/glue, or a folder laid out like it -> Examples
-load_tokenizer, encode                         texts -> token ids
-batch_indices, evaluation_batches, collate     token ids -> padded tensors
+load_tokenizer, encode, encode_for             texts -> token ids
+load_data                                      a task, tokenized and ready to train on -> TaskData
+batches, batches_of_steps                      which rows make a step; every task's, as tensors -> Batch
+evaluation_batches, inputs                     which rows are scored together; token ids -> padded tensors
 write_submission                               predictions -> the leaderboard's files
 """
 
-import contextlib
 import math
 import os
 import zlib
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from support.checkpoint import BadInput, atomic_write, shown
-from support.hub import read_splits, reason
+from support.checkpoint import BadInput, as_bad_input, shown, write_text
+from support.hub import read_splits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics. Each takes predictions (n,) and labels (n,) and computes in float64. Where a denominator is zero (one class,
 # a constant, a single example) the value is 0, so that a model that has learned nothing yet scores nothing.
 
 
-def paired(predictions, labels):
+def as_pair(predictions, labels):
     """Both as arrays (n,). Raises ValueError: not of one length, not flat (NumPy would broadcast), or empty."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim != 1 or predictions.shape != labels.shape:
@@ -40,13 +40,13 @@ def paired(predictions, labels):
 
 def accuracy(predictions, labels):
     """The fraction of predictions that are right."""
-    predictions, labels = paired(predictions, labels)
+    predictions, labels = as_pair(predictions, labels)
     return float((predictions == labels).mean())
 
 
 def f1(predictions, labels):
     """F1 of class 1: 2 tp / (2 tp + fp + fn) = 2 tp / (predicted 1s + labelled 1s)."""
-    predictions, labels = paired(predictions, labels)
+    predictions, labels = as_pair(predictions, labels)
     found = int(((predictions == 1) & (labels == 1)).sum())
     total = int((predictions == 1).sum() + (labels == 1).sum())
     return 2 * found / total if total else 0.0
@@ -57,7 +57,7 @@ def matthews(predictions, labels):
 
     c predictions of n are right; p_k of them say class k; t_k labels are class k.
     """
-    predictions, labels = paired(predictions, labels)
+    predictions, labels = as_pair(predictions, labels)
     n, right = len(labels), int((predictions == labels).sum())
     classes, ids = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
     p, t = (np.bincount(half, minlength=len(classes)) for half in ids.reshape(2, n))  # (K,) each
@@ -66,31 +66,27 @@ def matthews(predictions, labels):
 
 
 def direction(values):
-    """(n,) → values − mean, scaled to length 1; zeros where all values are equal."""
+    """(n,) -> values - mean, scaled to length 1; zeros where all values are equal."""
     values = np.asarray(values, dtype=np.float64)
-    if (values == values[0]).all():  # asked exactly: a mean rounds, and would make a constant vary
-        return np.zeros_like(values)
-    values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])  # |values| ≤ 1, exactly: no square overflows
-    values = values - values[0]  # exact for nearly equal values, whose mean would swallow what they differ by
-    values = values - values.mean()
-    return values / np.linalg.norm(values)
+    values = values - values.mean() if np.ptp(values) else np.zeros(len(values))  # a mean rounds: a constant would vary
+    return values / (np.linalg.norm(values) or 1.0)
 
 
 def pearson(predictions, labels):
     """Pearson's correlation: the cosine of the two, each less its mean."""
-    predictions, labels = paired(predictions, labels)
+    predictions, labels = as_pair(predictions, labels)
     return float(np.clip(direction(predictions) @ direction(labels), -1.0, 1.0))
 
 
 def ranks(values):
-    """(n,) → ranks from 1 to n; equal values share the mean of theirs."""
+    """(n,) -> ranks from 1 to n; equal values share the mean of theirs."""
     _, group, count = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(count) - (count - 1) / 2)[group]
 
 
 def spearman(predictions, labels):
     """Spearman's correlation: Pearson's, of the ranks."""
-    predictions, labels = paired(predictions, labels)
+    predictions, labels = as_pair(predictions, labels)
     return pearson(ranks(predictions), ranks(labels))
 
 
@@ -138,18 +134,19 @@ TASKS = {task.name: task for task in (
 # fmt: on
 
 
-def find_task(name):
+def get_task(name):
+    """The row of TASKS. Raises BadInput: no such task."""
     if name not in TASKS:
         raise BadInput(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[name]
 
 
-def allowed(task):
-    """What a label may be, for a message."""
+def label_names(task):
+    """What a label may be, in words."""
     return ", ".join(f"{i} {label}" for i, label in enumerate(task.labels)) or "scores from 0 to 5"
 
 
-def checked(task, values, what):
+def as_labels(task, values, what):
     """`values` (n,) as the task's class ids (int64) or scores (float64); `what` is "prediction" or "label".
 
     Raises BadInput with the first that is none: not finite, no id of the task, a hidden label; ValueError if not flat.
@@ -162,7 +159,7 @@ def checked(task, values, what):
     low, high = (0, task.outputs - 1) if task.labels else (0, 5) if what == "label" else (-math.inf, math.inf)
     wrong = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
     if len(wrong):
-        must = f"allowed: {allowed(task)}" if math.isfinite(high) else "it must be finite (has training diverged?)"
+        must = f"allowed: {label_names(task)}" if math.isfinite(high) else "it must be finite (has training diverged?)"
         raise BadInput(f"{task.name}: {what} {wrong[0]} is {values[wrong[0]]}; {must}")
     return values.astype(np.int64 if task.labels else np.float64)
 
@@ -173,10 +170,53 @@ def score(task, predictions, labels):
     `task` is a name; predictions (n,) are class ids, for a regression floats. Raises BadInput: a prediction that is not
     finite or no class of the task, a hidden label.
     """
-    task = find_task(task)
-    predictions, labels = checked(task, predictions, "prediction"), checked(task, labels, "label")
+    task = get_task(task)
+    predictions, labels = as_labels(task, predictions, "prediction"), as_labels(task, labels, "label")
     values = {name: METRICS[name](predictions, labels) for name in task.metrics}
     return values | {"score": 100 * sum(values.values()) / len(values)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def load_tokenizer(folder):
+    """The tokenizer in folder/tokenizer.json. Raises BadInput: no such file, or a damaged one."""
+    path = Path(os.path.expanduser(folder)) / "tokenizer.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no tokenizer.json")
+    with as_bad_input(f"{path} can't be read as a tokenizer"):
+        return Tokenizer.from_file(str(path))
+
+
+def encode(tokenizer, texts, max_length):
+    """[(text,) or (text, text)] -> [(ids, type ids)], special tokens in, the longer text of a pair cut first.
+
+    Raises BadInput where max_length leaves no room beside the special tokens. Leaves the tokenizer without padding and
+    truncation.
+    """
+    special = max((tokenizer.num_special_tokens_to_add(len(text) == 2) for text in texts), default=0)
+    if max_length <= special:
+        raise BadInput(f"max length {max_length} has no room for text: {special} special tokens are added to it")
+    tokenizer.no_padding()  # some published files pad all to 128, and cut there
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    try:
+        with as_bad_input("the tokenizer can't be used, tokenizer.json may be damaged"):
+            encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    finally:
+        tokenizer.no_truncation()
+    return [(encoding.ids, encoding.type_ids) for encoding in encodings]
+
+
+def encode_for(config, tokenizer, texts, max_length):
+    """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
+    encoded = encode(tokenizer, texts, max_length)
+    for row, (ids, types) in enumerate(encoded):
+        known = max(ids, default=0) < config.vocab_size and max(types, default=0) < max(2, config.type_vocab_size)
+        if not (0 < len(ids) <= max_length and known):
+            made = f"of {shown(texts[row])} it makes {shown(ids)} of types {shown(types)}"
+            raise BadInput(f"tokenizer.json does not fit the model, which knows {config.vocab_size} ids: {made}")
+    return encoded
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,17 +225,16 @@ def score(task, predictions, labels):
 
 @dataclass
 class Examples:
+    """One split of a task, as it is published."""
+
     task: str
     split: str
     texts: list[tuple[str, ...]] = field(repr=False)
     labels: np.ndarray = field(repr=False)  # (n,) int64 ids in the order of TASKS, float32 scores; −1 where hidden
 
-    def __len__(self):
-        return len(self.texts)
-
 
 def label_ids(task, values, names, where):
-    """Labels as they stand in a dataset → (n,) ids in the order of TASKS, int64, or scores, float32.
+    """Labels as they stand in a dataset -> (n,) ids in the order of TASKS, int64, or scores, float32.
 
     `names` are the dataset's own label names in its id order: ids then go by name, whatever the order. Where it has
     none, an int is an id of ours and a string a name. Raises BadInput with the first label that is neither, or is −1.
@@ -210,7 +249,7 @@ def label_ids(task, values, names, where):
         row = ids.index(None)
         value = values[row]
         said = f"{value} {names[value]}" if names and value in range(len(names)) else repr(value)
-        raise BadInput(f"{where}: row {row} has label {said}; allowed: {allowed(task)}")
+        raise BadInput(f"{where}: row {row} has label {said}; allowed: {label_names(task)}")
     return np.array(ids, dtype=np.int64 if task.labels else np.float32)
 
 
@@ -221,7 +260,7 @@ def load_task(name, source="nyu-mll/glue", split="train"):
     public, and must never be selected on. Raises BadInput: no such folder, task, split or column, an empty split, a
     missing text, a label that the task doesn't have; HubError, which is one: the Hub can't be reached, or refuses.
     """
-    task = find_task(name)
+    task = get_task(name)
     named = {"validation": task.validation, "test": tuple(task.test)}
     split = (*named.get(split, ()), split)[0]
     splits = read_splits(name, source)
@@ -242,56 +281,6 @@ def load_task(name, source="nyu-mll/glue", split="train"):
     else:
         labels = label_ids(task, rows["label"][:], getattr(rows.features["label"], "names", None), where)
     return Examples(name, split, texts, labels)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-@contextlib.contextmanager
-def refusing(what):
-    """What `tokenizers` raises becomes BadInput; so does a panic of its Rust code, which is no Exception."""
-    try:
-        yield
-    except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        raise BadInput(f"{what}: {reason(e)}") from None
-
-
-def load_tokenizer(folder):
-    """The tokenizer in folder/tokenizer.json. Raises BadInput: no such file, or a damaged one."""
-    path = Path(os.path.expanduser(folder)) / "tokenizer.json"
-    if not path.is_file():
-        raise BadInput(f"{folder} has no tokenizer.json")
-    with refusing(f"{path} can't be read as a tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()  # some published files pad all to 128 and cut there
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def encode(tokenizer, texts, max_length):
-    """[(text,) or (text, text)] → [(ids, type ids)], special tokens in, the longer text of a pair cut first.
-
-    Raises BadInput where max_length leaves no room beside the special tokens. The tokenizer is left
-    without padding and truncation.
-    """
-    special = max((tokenizer.num_special_tokens_to_add(len(text) == 2) for text in texts), default=0)
-    if max_length <= special:
-        raise BadInput(f"max length {max_length} has no room for text: {special} special tokens are added to it")
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    try:
-        with refusing("the tokenizer can't be used, tokenizer.json may be damaged"):
-            encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
-    finally:
-        tokenizer.no_truncation()
-    return [(encoding.ids, encoding.type_ids) for encoding in encodings]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A task, ready to train on
 
 
 @dataclass(eq=False)
@@ -321,19 +310,6 @@ class TaskData:
     def label_variance(self):
         """What mean squared error is divided by, so that saying the mean label costs 1: near ln 2 and ln 3."""
         return float(self.train_labels.var()) or 1.0
-
-
-def encode_for(config, tokenizer, texts, max_length):
-    """`encode`, for a model of that config. Raises BadInput where the model has no embedding for what comes out."""
-    encoded = encode(tokenizer, texts, max_length)
-    for row, (ids, types) in enumerate(encoded):
-        known = max(ids, default=0) < config.vocab_size and max(types, default=0) < max(2, config.type_vocab_size)
-        if not (0 < len(ids) <= max_length and known):
-            raise BadInput(
-                f"tokenizer.json does not fit the model, which knows {config.vocab_size} ids: of "
-                f"{shown(texts[row])} it makes {shown(ids)} of types {shown(types)}"
-            )
-    return encoded
 
 
 def load_data(name, source, tokenizer, config, max_length, holdout=0, weight=1.0):
@@ -377,9 +353,10 @@ def batches(lengths, batch_size, seed, task, window=32, start=0):
         parts = [shuffled[:head]]
         for first in range(head, n, window * batch_size):
             part = shuffled[first : first + window * batch_size]
-            part = np.split(part[lengths[part].argsort(kind="stable")], range(batch_size, len(part), batch_size))
-            whole = [b for b in part if len(b) == batch_size]
-            parts += [whole[i] for i in generator.permutation(len(whole))] + part[len(whole) :]
+            part = part[lengths[part].argsort(kind="stable")]
+            count = len(part) // batch_size
+            whole = part[: count * batch_size].reshape(count, batch_size)
+            parts += [whole[generator.permutation(count)].ravel(), part[count * batch_size :]]
         return np.concatenate(parts)
 
     epoch, skipped = divmod(start * batch_size, n)
@@ -400,18 +377,23 @@ def evaluation_batches(encoded, batch_size):
         yield order[start : start + batch_size]
 
 
-def collate(rows, pad_id):
-    """Encoded examples, b of them, right-padded to the longest (l).
+def to_device(array, device):
+    """A tensor of it on the device; to a GPU from pinned memory, so that the copy waits for nothing."""
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
-    Returns input_ids (b, l) int64, attention_mask (b, l) bool, token_type_ids (b, l) int64.
+
+def inputs(encoded, pad_id, device):
+    """Encoded examples, b of them, right-padded to the longest (l), on the device.
+
+    Returns ids (b, l) int64, mask (b, l) bool or None where nothing is padded, types (b, l) int64.
     """
-    lengths = np.array([len(ids) for ids, _ in rows])  # (b,)
-    attention_mask = np.arange(lengths.max()) < lengths[:, None]  # (b, l)
-    input_ids = np.full(attention_mask.shape, pad_id, dtype=np.int64)  # (b, l)
-    token_type_ids = np.zeros(attention_mask.shape, dtype=np.int64)  # (b, l)
-    input_ids[attention_mask] = [i for ids, _ in rows for i in ids]  # row after row, as the mask runs
-    token_type_ids[attention_mask] = [i for _, types in rows for i in types]
-    return tuple(torch.from_numpy(x) for x in (input_ids, attention_mask, token_type_ids))
+    lengths = np.array([len(ids) for ids, _ in encoded])  # (b,)
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (b, l)
+    ids, types = np.full(mask.shape, pad_id, dtype=np.int64), np.zeros(mask.shape, dtype=np.int64)  # (b, l)
+    ids[mask] = [i for row, _ in encoded for i in row]  # row after row, as the mask runs
+    types[mask] = [i for _, row in encoded for i in row]
+    return to_device(ids, device), None if mask.all() else to_device(mask, device), to_device(types, device)
 
 
 @dataclass
@@ -426,35 +408,28 @@ class Batch:
     labels: list  # (size,) of each
 
 
-def to_device(x, device):
-    """`x` on the device; to a GPU from pinned memory, so that the copy waits for nothing."""
-    x = x.pin_memory() if device.type == "cuda" else x
-    return x.to(device, non_blocking=True)
-
-
-def inputs(encoded, pad_id, device):
-    """Encoded examples -> (ids, mask or None where nothing is padded, types), (b, l) each, on the device."""
-    ids, mask, types = collate(encoded, pad_id)
-    return to_device(ids, device), None if mask.all() else to_device(mask, device), to_device(types, device)
+def make_batch(tasks, rows, pad_id, device):
+    """The Batch of rows[t], (size,) indices into tasks[t]'s training rows."""
+    encoded = [data.train[i] for data, own in zip(tasks, rows, strict=True) for i in own]
+    labels = [to_device(data.train_labels[own], device) for data, own in zip(tasks, rows, strict=True)]
+    return Batch(tasks, [len(own) for own in rows], *inputs(encoded, pad_id, device), labels)
 
 
 def batches_of_steps(tasks, seed, s, pad_id, device, start=0, rank=0, world=1):
     """Yields the batches of each step, one per task or, stacked, one for all: the same examples for every method.
 
-    s has batch_size, window and per_task. Of `world` processes each takes its share of every task's examples, and of no
-    batch where that is none.
+    s has batch_size, window and per_task. Of `world` processes each takes an equal share of every task's batch, every
+    world-th row, so that their lengths are alike. Raises ValueError where world does not divide batch_size.
     """
+    if s.batch_size % world:
+        raise ValueError(f"batch_size {s.batch_size} can't be shared out equally over {world} processes")
     streams = [batches(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
-    groups = [range(len(tasks))] if s.per_task == "stacked" else [[t] for t in range(len(tasks))]
     for drawn in zip(*streams, strict=True):
-        share = [np.array_split(rows, world)[rank] for rows in drawn]
-        step = []
-        for group in [group for group in groups if any(len(share[t]) for t in group)]:
-            encoded = [tasks[t].train[i] for t in group for i in share[t]]
-            labels = [to_device(torch.from_numpy(tasks[t].train_labels[share[t]]), device) for t in group]
-            sizes = [len(share[t]) for t in group]
-            step.append(Batch([tasks[t] for t in group], sizes, *inputs(encoded, pad_id, device), labels))
-        yield step
+        rows = [own[rank::world] for own in drawn]  # (batch_size / world,) of each task
+        if s.per_task == "stacked":
+            yield [make_batch(tasks, rows, pad_id, device)]
+        else:
+            yield [make_batch([data], [own], pad_id, device) for data, own in zip(tasks, rows, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,23 +443,17 @@ def write_submission(folder, task, predictions, split=None):
     them, names or ids; scores are clipped to [0, 5] and have 3 decimals. Raises BadInput: not a test split, a bad
     prediction, a folder that can't be written.
     """
-    task = find_task(task)
+    task = get_task(task)
     split = next(iter(task.test)) if split is None else split
     if split not in task.test:
         raise BadInput(f"{task.name} has no leaderboard file for {split!r}; it has them for {', '.join(task.test)}")
-    predictions = checked(task, predictions, "prediction")
-    if task.writes == "scores":
-        cells = [f"{value:.3f}" for value in np.clip(predictions, 0.0, 5.0)]
-    elif task.writes == "names":
-        cells = [task.labels[i] for i in predictions]
-    else:
-        cells = [str(i) for i in predictions]
+    predictions = as_labels(task, predictions, "prediction")
+    texts = {"ids": str, "names": lambda i: task.labels[i], "scores": lambda x: f"{min(max(0.0, x), 5.0):.3f}"}
+    lines = ["index\tprediction", *(f"{i}\t{texts[task.writes](x)}" for i, x in enumerate(predictions))]
     path = Path(folder) / task.test[split]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            lines = ["index\tprediction", *(f"{i}\t{cell}" for i, cell in enumerate(cells))]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+        write_text(path, "\n".join(lines) + "\n")
     except OSError as e:
         raise BadInput(f"{path} can't be written: {e.strerror or e}") from None
     return path
