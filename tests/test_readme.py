@@ -1,113 +1,129 @@
-"""The README keeps its word: its Python snippets run in order, its links point at what they name, its flags exist."""
+"""The pages keep their word: the README's snippets run, links point at what they name, flags exist, sizes hold."""
 
-import copy
+import ast
+import contextlib
 import dataclasses
+import io
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertModel
 
 import ortholora
 import train
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PATHS = ("README.md", "experiments/README.md", "docs/choices.md", "docs/recipes.md")
+PAGES = {path: (ROOT / path).read_text(encoding="utf-8") for path in PATHS}
+README, RECIPES = PAGES["README.md"], PAGES["docs/recipes.md"]
+
+
+def snippets(text):
+    """Its Python blocks."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
 @pytest.fixture
-def world(tmp_path):
-    """What the snippets take for granted: encoder, heads, three tasks, data, one process of torch.distributed."""
+def world():
+    """What the usage snippet takes for granted: encoder, heads, the names of three tasks, data, loss."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=50, num_labels=2, **sizes)
-    model = BertForSequenceClassification(config)
-    encoder, heads = copy.deepcopy(model.bert), nn.ModuleList(nn.Linear(16, 2) for _ in range(3))
+    encoder = BertModel(BertConfig(vocab_size=50, **sizes))
+    heads = nn.ModuleList(nn.Linear(16, 2) for _ in range(3))
     data = [[(torch.randint(50, (4, 6)), torch.randint(2, (4,))) for _ in range(3)] for _ in range(4)]
 
     def loss(t, batch):
         ids, labels = batch
-        return nn.functional.cross_entropy(heads[t](encoder(ids).last_hidden_state[:, 0]).float(), labels)
+        return nn.functional.cross_entropy(heads[t](encoder(ids).last_hidden_state[:, 0]), labels)
 
-    examples = [{"input_ids": torch.randint(50, (6,)), "labels": i % 2} for i in range(8)]
-
-    def collate_tasks(rows):  # even examples are one task, odd ones the other
-        pick = [rows[::2], rows[1::2]]
-        return {
-            "tasks": [
-                {key: torch.stack([torch.as_tensor(row[key]) for row in part]) for key in part[0]} for part in pick
-            ]
-        }
-
-    args = TrainingArguments(
-        str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield {
-        "model": model,
-        "encoder": encoder,
-        "heads": heads,
-        "tasks": ["a", "b", "c"],
-        "data": data,
-        "loss": loss,
-        "micro_batches": data[:2],
-        "batches": data[0],
-        "device": "cpu",
-        "scaler": torch.amp.GradScaler("cpu"),
-        "args": args,
-        "dataset": examples,
-        "collate_tasks": collate_tasks,
-    }
-    dist.destroy_process_group()
+    return {"encoder": encoder, "heads": heads, "tasks": ["a", "b", "c"], "data": data, "loss": loss}
 
 
-def test_snippets_run_and_train(world):
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(snippets) == 8
-    for snippet in snippets:
-        before = [p.detach().clone() for p in (*world["encoder"].parameters(), *world["heads"].parameters())]
-        if "class OrthoTrainer" in snippet:
-            factors = {n: p.detach().clone() for n, p in world["model"].named_parameters() if "lora_" in n}
-        exec(snippet, world)  # noqa: S102
-        if "optimizer.step()" in snippet:  # something has moved
-            after = [*world["encoder"].parameters(), *world["heads"].parameters()]
-            moved = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(before, after, strict=False)]
-            assert any(moved), snippet
-    trained = dict(world["model"].named_parameters())
-    assert factors and all(not torch.equal(trained[name], p) for name, p in factors.items() if "lora_B" in name)
+def test_the_example_prints_what_the_readme_says():
+    """As the README shows it, in comments under the print; the last bits are the machine's."""
+    code, printed = snippets(README)[0], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})  # noqa: S102
+    shown = re.findall(r"^# (.+?)  a (\S+)  b (\S+)$", code, re.M)
+    found = re.findall(r"^(.+?)  a (\S+)  b (\S+)$", printed.getvalue(), re.M)
+    assert [name.strip() for name, *_ in shown] == [name.strip() for name, *_ in found] and len(shown) == 3
+    for (_, *a), (_, *b) in zip(shown, found, strict=True):
+        assert [float(x) for x in a] == pytest.approx([float(x) for x in b], abs=0.02)
 
 
-def test_links_point_at_what_they_name():
-    links = re.findall(r"\[`(?:\w+\.)?(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) >= 5
-    for name, file, line in links:
-        text = (ROOT / file).read_text().splitlines()[int(line) - 1]
-        assert re.match(rf"\s*(def|class) {name}\b", text), f"README: {file}#L{line} is {text!r}, not {name}"
-    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
-        assert (ROOT / path).exists()
+def test_the_usage_snippet_runs_and_trains(world):
+    code = snippets(README)[1]
+    heads = [p.detach().clone() for p in world["heads"].parameters()]
+    exec(code, world)  # noqa: S102
+    layers = [m for m in world["encoder"].modules() if hasattr(m, "A")]
+    assert len(layers) == 4 and all(layer.B.abs().sum() > 0 for layer in layers)
+    assert all(not torch.equal(p, q) for p, q in zip(heads, world["heads"].parameters(), strict=True))
+
+
+def test_recipes_are_python_and_begin_with_what_they_need():
+    parts = re.split(r"^## ", RECIPES, flags=re.M)[1:]
+    assert len(parts) >= 19
+    for part in parts:
+        assert snippets(part), part.splitlines()[0]
+        for code in snippets(part):
+            ast.parse(code)
+        assert "iven " in part.partition("```python")[0], part.splitlines()[0]
+
+
+def anchor(heading):
+    """A heading's anchor on the page: letters and digits in lower case, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_point_at_what_they_name(page):
+    folder, text = (ROOT / page).parent, re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.S | re.M)
+    for name, file, line in re.findall(r"\[`(?:\w+\.)?(\w+)`\]\(([\w./]+\.py)#L(\d+)\)", text):
+        there = (folder / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {name}\b", there), f"{page}: {file}#L{line} is {there!r}, not {name}"
+    for path, where in re.findall(r"\]\((?!https?://)([\w/.-]*)(?:#([\w-]+))?\)", text):
+        target = folder / path if path else ROOT / page
+        assert target.exists(), f"{page}: {path}"
+        if target.suffix == ".md" and where:
+            assert where in [anchor(x) for x in re.findall(r"^#+ (.+)$", target.read_text(), re.M)], f"{page}: {where}"
+
+
+def test_the_readme_points_at_the_method():
+    assert len(re.findall(r"\.py#L\d+\)", README)) >= 5
 
 
 def test_flags_and_files_exist():
     known = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train.Settings)} | {"--help"}
     known |= {"--nproc-per-node"}  # torchrun's
-    for script in (*ROOT.glob("experiments/*.py"), ROOT / "tests/kills.py", ROOT / "tests/fuzz.py"):
-        known |= set(re.findall(r'add_argument\("(--[\w-]+)"', script.read_text()))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
-    for line in re.findall(r"^\| `([\w.]+\.py)`", README, re.M):
-        assert (ROOT / line).exists()
+    for script in [*ROOT.glob("experiments/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("evaluate.py")]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text()))
+    named = {flag for text in PAGES.values() for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)}
+    assert named <= known, sorted(named - known)
+    files = {file for text in PAGES.values() for file in re.findall(r"`((?:\w+/)*\w+\.py)`", text)}
+    files |= {file for text in PAGES.values() for file in re.findall(r"python ((?:\w+/)*\w+\.py)", text)}
+    missing = [x for x in sorted(files) if not any((ROOT / at / x).exists() for at in ("", "experiments"))]
+    assert "train.py" in files and not missing, missing
     assert all(hasattr(ortholora, name) for name in ("project_conflicting", "projection_coefficients", "OrthoLoRA"))
 
 
 def test_every_method_is_in_the_readme():
     assert all(f"`{method}`" in README for method in train.METHODS)
+
+
+def paragraphs(text):
+    """Prose alone: no code, no table, no heading, no block of results; each item of a list is one."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    text = re.sub(r"<!-- experiments/\S+ -->.*?<!-- end -->", "", text, flags=re.S)
+    lines = ["" if line.startswith(("|", "#", "![")) else line for line in text.splitlines()]
+    return [part for part in re.split(r"\n\s*\n|\n(?=- |\d+\. )", "\n".join(lines)) if part.strip()]
+
+
+def test_the_readme_can_be_read_in_ten_minutes():
+    assert len(README.splitlines()) <= 220 and len(README.encode()) <= 16 * 1024
+    long = [part for part in paragraphs(README) if len(part.split()) > 60]
+    assert len(paragraphs(README)) > 20 and not long, long
+    usage = README.partition("\n## Use it in your code\n")[2].partition("\n## ")[0]
+    assert usage and len(usage.splitlines()) <= 40

@@ -60,50 +60,60 @@ def test_cosine_without_noise_of_a_known_pair():
     assert report.clean(c)[0, 1] == pytest.approx(0.5, abs=0.03)
 
 
-def test_readme_and_results_agree():
+def test_pages_and_results_agree():
     command = [sys.executable, "experiments/report.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_check_fails_where_a_number_of_the_readme_is_changed(tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_check_fails_where_a_number_of_a_page_is_changed(page, tmp_path, monkeypatch, capsys):
+    for path in ROOT.glob("[!.]*"):  # a copy of the tree, but for what is looked at
+        if path.name not in ("README.md", "experiments"):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "results").symlink_to(ROOT / "experiments" / "results")
+    text = (ROOT / page).read_text()
     block = re.search(r"<!-- experiments/results/\S+ -->\n.*?(\d+\.\d)", text, re.S)
     changed = text[: block.start(1)] + "99.9" + text[block.end(1) :]
-    readme = tmp_path / "README.md"
-    readme.write_text(changed)
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "ROOT", ROOT)
+    (tmp_path / page).write_text(changed)
+    monkeypatch.setattr(report, "PAGES", [tmp_path / page])
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "experiments" / "results")
     monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    monkeypatch.setattr(Path, "relative_to", lambda self, other: self)
     with pytest.raises(SystemExit) as stopped:
         report.main()
-    assert stopped.value.code == 1 and "README.md differs" in capsys.readouterr().out
-    assert report.embed(changed) == text  # and writing it puts the number back
+    assert stopped.value.code == 1 and f"{page} differs" in capsys.readouterr().out
+    assert report.embed(changed, tmp_path / page) == text  # and writing it puts the number back
 
 
-@pytest.mark.parametrize(
-    "script, package",
-    [
-        ("experiments/report.py --check", "scipy"),
-        ("experiments/report.py", "matplotlib"),
-        ("tests/fuzz.py", "safetensors"),
-        ("experiments/reproduce.py trust", "safetensors"),
-    ],
-)
+def test_the_readme_shows_a_first_table_and_the_other_page_all(tmp_path, monkeypatch):
+    """Links of a results file are right from where the page is; what follows <!-- more --> is on neither."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    results = tmp_path / "experiments" / "results" / "x"
+    results.mkdir(parents=True)
+    (results / "results.md").write_text("Two.\n\n| a |\n|---|\n| [y](y.md) |\n\nMore.\n\n<!-- more -->\n\nNo.\n")
+    start, end = "<!-- experiments/results/x/results.md -->\n", "<!-- end -->"
+    brief = report.embed(start + end, tmp_path / "README.md")
+    whole = report.embed(start + end, tmp_path / "experiments" / "README.md")
+    assert brief == f"{start}Two.\n\n| a |\n|---|\n| [y](experiments/results/x/y.md) |\n{end}"
+    assert whole == f"{start}Two.\n\n| a |\n|---|\n| [y](results/x/y.md) |\n\nMore.\n{end}"
+    with pytest.raises(SystemExit, match="not there"):
+        report.embed("<!-- experiments/results/z/results.md -->\n<!-- end -->", tmp_path / "README.md")
+    with pytest.raises(SystemExit, match="starts 1 blocks, of which 0 end"):
+        report.embed(start, tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("script, package", [("experiments/report.py --check", "scipy"),
+                                             ("experiments/report.py", "matplotlib"), ("tests/fuzz.py", "safetensors"),
+                                             ("experiments/reproduce.py trust", "safetensors")])  # fmt: skip
 def test_what_train_does_without_is_asked_for_in_one_line(script, package, tmp_path):
     """Before anything is written: with requirements.txt alone these scripts can't do what they are for."""
-    code = (
-        "import runpy, sys; sys.modules[sys.argv.pop(1)] = None\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    )
+    code = ("import runpy, sys; sys.modules[sys.argv.pop(1)] = None\n"
+            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")  # fmt: skip
     path, *flags = script.split() + ["--results", str(tmp_path)] * ("trust" in script)
-    done = subprocess.run(
-        [sys.executable, "-c", code, package, path, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": "experiments"},
-    )
+    done = subprocess.run([sys.executable, "-c", code, package, path, *flags], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": "experiments"})  # fmt: skip
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"needs {package}" in last and "requirements-dev.txt" in last
@@ -113,28 +123,13 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
     """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
     rows = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
     experiment = reproduce.Experiment(
-        "small",
-        rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32",
-        3,
-        {"": (1e-3, 1e-1), "joint at 0.01": ()},
-    )
+        "small", rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
+        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32", 3, {"": (1e-3, 1e-1), "joint at 0.01": ()},
+    )  # fmt: skip
     monkeypatch.setattr(reproduce, "HOLDOUT", 20)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
-    arguments = [
-        "reproduce.py",
-        "main",
-        "--model",
-        str(demo / "model"),
-        "--glue",
-        str(demo / "glue"),
-        "--jobs",
-        "2",
-        "--out",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "results"),
-    ]
+    arguments = ["reproduce.py", "main", "--model", str(demo / "model"), "--glue", str(demo / "glue"), "--jobs", "2",
+                 "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     reproduce.main()
     assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 6 * 3
@@ -156,17 +151,8 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
 
 def test_noise_measures_one_task_against_itself(demo, monkeypatch):
     """At B = 0 only B has a gradient; a task whose two batches are the same has cosine 1 with itself."""
-    s = reproduce.train.Settings(
-        model=str(demo / "model"),
-        glue=str(demo / "glue"),
-        tasks="sst2,mrpc",
-        steps=5,
-        batch_size=8,
-        max_length=32,
-        dtype="fp32",
-        per_task="loop",
-        lr=0.0,
-    )
+    s = reproduce.train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mrpc", steps=5,
+                                 batch_size=8, max_length=32, dtype="fp32", per_task="loop", lr=0.0)  # fmt: skip
     encoder, tasks = reproduce.train.prepare(s, reproduce.torch.device("cpu"))
     draw = reproduce.train.draw
     monkeypatch.setattr(reproduce.train, "draw", lambda tasks, seed, s, model: draw(tasks, 0, s, model))
