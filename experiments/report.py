@@ -31,7 +31,7 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
 sys.path.insert(0, str(ROOT))
 
-from train import markdown, mean_and_spread  # noqa: E402
+from support.table import markdown, mean_and_spread  # noqa: E402
 
 MORE = "<!-- more -->"  # what follows it in a results.md is for neither page
 
@@ -98,8 +98,10 @@ def source(r):
     """Where numbers come from: the last line of every table."""
     jobs = f"{r['jobs']} runs at a time, " * (r.get("jobs", 1) > 1)
     seeds = r.get("seeds") or r.get("results", {}).get("seeds")
-    return (f"`{r['command']}`, seeds {', '.join(map(str, seeds))}; {r['minutes']:.0f} minutes of runs, {jobs}"
-            f"{r['hardware']} ({r['processor']}), torch {r['torch']}, commit {r['commit']}, {r['date']}.")  # fmt: skip
+    return (
+        f"`{r['command']}`, seeds {', '.join(map(str, seeds))}; {r['minutes']:.0f} minutes of runs, {jobs}"
+        f"{r['hardware']} ({r['processor']}), torch {r['torch']}, commit {r['commit']}, {r['date']}."
+    )
 
 
 def averages(runs):
@@ -119,19 +121,35 @@ def comparison(r):
     of_gap = ["share of the gap, 95 %"] if gap is not None else []
     rows = [["method", *tasks, "average", "− joint, 95 % interval", *of_gap, "lr"]]
     guess = next(iter(r["majority"].values()))
-    rows.append(["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}",
-                 *[""] * (len(rows[0]) - len(tasks) - 2)])  # fmt: skip
+    rows.append(
+        [
+            "majority class",
+            *(f"{guess[t]:.1f}" for t in tasks),
+            f"{np.mean([guess[t] for t in tasks]):.1f}",
+            *[""] * (len(rows[0]) - len(tasks) - 2),
+        ]
+    )
     for row, entries in runs.items():
         gain = average[row] - average["joint"]
         part = [] if gap is None else [share(gain, gap) if row in projected else ""]
-        rows.append([row, *(mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks),
-                     mean_and_spread(average[row]), "" if row == "joint" else signed(interval(gain)), *part,
-                     f"{r['chosen'][row]:g}"])  # fmt: skip
+        rows.append(
+            [
+                row,
+                *(mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks),
+                mean_and_spread(average[row]),
+                "" if row == "joint" else signed(interval(gain)),
+                *part,
+                f"{r['chosen'][row]:g}",
+            ]
+        )
     lines = []
     if gap is not None:
-        there = verdict(interval(gap), "joint training loses to one adapter per task", "joint training beats one "
-                        "adapter per task", "no difference between joint training and one adapter per task is "
-                        "shown")  # fmt: skip
+        there = verdict(
+            interval(gap),
+            "joint training loses to one adapter per task",
+            "joint training beats one adapter per task",
+            "no difference between joint training and one adapter per task is shown",
+        )
         lines.append(f"- The gap: {there} (single − joint {signed(interval(gap))} points).")
     given = [row for row in runs if " at " in row]  # at a rate that was not chosen
     pairs = list(itertools.combinations([row for row in runs if row not in ("head", "single", *given)], 2))
@@ -141,18 +159,24 @@ def comparison(r):
     lines += [compared(average, row, base) for base, row in pairs]
     seen = [e["conflicts"] for e in runs["ortho" if "ortho" in runs else "ortho, balanced"].values()]
     rates = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
-    lines.append(f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
-                 f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
-                 f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
-                 + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(rates.items(), key=lambda p: -p[1]))
-                 + ".")  # fmt: skip
+    lines.append(
+        f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
+        f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
+        f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
+        + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(rates.items(), key=lambda p: -p[1]))
+        + "."
+    )
     s = r["settings"]
-    how = (f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
-           f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. ")  # fmt: skip
+    how = (
+        f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
+        f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. "
+    )
     if not any(r["held_out"].values()):
         return [markdown(rows), "\n".join(lines), how + "The learning rate is the main table's for `joint`."]
-    how += ("Each method's learning rate is the best of three on 300 training rows of each task that were held out, by "
-            "half as many steps and one other seed" + ", but where it is given" * bool(given) + ".")  # fmt: skip
+    how += (
+        "Each method's learning rate is the best of three on 300 training rows of each task that were held out, by "
+        "half as many steps and one other seed" + ", but where it is given" * bool(given) + "."
+    )
     return [markdown(rows), "\n".join(lines), how, MORE, held_out(r)]
 
 
@@ -180,24 +204,46 @@ def levels(r):
 def conflict(r):
     """The toy grammar: what joint training loses, and what projection brings back, by the share of contradictions."""
     methods = ("single", "joint", "ortho")
-    rows = [["contradictions", *methods, "single − joint", "ortho − joint", "ortho: share of the gap", "conflicts",
-             "lr of each"]]  # fmt: skip
+    rows = [
+        [
+            "contradictions",
+            *methods,
+            "single − joint",
+            "ortho − joint",
+            "ortho: share of the gap",
+            "conflicts",
+            "lr of each",
+        ]
+    ]
     where, lines = {"scores higher than": [], "scores lower than": [], "is not shown to differ from": []}, []
     for p, runs in levels(r).items():
         a = averages(runs)
         gap, gain = a["single"] - a["joint"], a["ortho"] - a["joint"]
         where[verdict(interval(gain), *where)].append(f"p = {p:g}")
         rate = np.mean([e["conflicts"]["rate"] for e in runs["ortho"].values()])
-        rows.append([f"p = {p:g}", *(mean_and_spread(a[m]) for m in methods), signed(interval(gap), 1),
-                     signed(interval(gain), 1), share(gain, gap), f"{100 * rate:.1f} %",
-                     " ".join(f"{r['chosen'][f'p = {p:g}: {m}']:g}" for m in methods)])  # fmt: skip
+        rows.append(
+            [
+                f"p = {p:g}",
+                *(mean_and_spread(a[m]) for m in methods),
+                signed(interval(gap), 1),
+                signed(interval(gain), 1),
+                share(gain, gap),
+                f"{100 * rate:.1f} %",
+                " ".join(f"{r['chosen'][f'p = {p:g}: {m}']:g}" for m in methods),
+            ]
+        )
         for base in [m for m in a if " at " in m]:
             lines += [compared(a, m, base).rstrip(".") + f" at p = {p:g}." for m in ("single", "ortho")]
     words = "; ".join(f"{words} `joint` at {', '.join(at)}" for words, at in where.items() if at)
-    return [markdown(rows), "\n".join([f"- `ortho` {words}.", *lines]),
-            f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
-            "deviation), 95 % intervals of paired differences in points; each row's rate chosen on 300 held-out rows "
-            "of each task by two other seeds. One grammar and one pretrained encoder.", MORE, held_out(r)]  # fmt: skip
+    return [
+        markdown(rows),
+        "\n".join([f"- `ortho` {words}.", *lines]),
+        f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
+        "deviation), 95 % intervals of paired differences in points; each row's rate chosen on 300 held-out rows "
+        "of each task by two other seeds. One grammar and one pretrained encoder.",
+        MORE,
+        held_out(r),
+    ]
 
 
 def matters(r):
@@ -208,22 +254,41 @@ def matters(r):
         base = next((f"joint, {other}" for other in ("SGD", "batch 4") if row.endswith(other)), "joint")
         seen = [e["conflicts"] for e in next(iter(r["runs"][row].values())).values() if "conflicts" in e]
         gain = "" if row == base else signed(interval(x - average[base])) + f" ({base})" * (base != "joint")
-        rows.append([row, mean_and_spread(x), gain,
-                     f"{100 * np.mean([c['rate'] for c in seen]):.1f} %" if seen else "",
-                     f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else "",
-                     f"{r['chosen'][row]:g}"])  # fmt: skip
+        rows.append(
+            [
+                row,
+                mean_and_spread(x),
+                gain,
+                f"{100 * np.mean([c['rate'] for c in seen]):.1f} %" if seen else "",
+                f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else "",
+                f"{r['chosen'][row]:g}",
+            ]
+        )
     gap = average["single"] - average["joint"]
-    shares = [f"`{row}` {share(average[row] - average['joint'], gap)}"
-              for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")]  # fmt: skip
-    pairs = [("ortho", "pcgrad"), ("joint, balanced", "ortho"), ("ortho, balanced", "joint, balanced"),
-             ("joint, balanced", "single")]  # fmt: skip
-    return [markdown(rows), "\n".join([
+    shares = [
+        f"`{row}` {share(average[row] - average['joint'], gap)}"
+        for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")
+    ]
+    pairs = [
+        ("ortho", "pcgrad"),
+        ("joint, balanced", "ortho"),
+        ("ortho, balanced", "joint, balanced"),
+        ("joint, balanced", "single"),
+    ]
+    return [
+        markdown(rows),
+        "\n".join(
+            [
                 f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
-                *(compared(average, row, base) for row, base in pairs)]),
-            f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
-            "deviation); each variant against joint training with the same optimizer and batches (named where it is "
-            "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds.", MORE,
-            held_out(r)]  # fmt: skip
+                *(compared(average, row, base) for row, base in pairs),
+            ]
+        ),
+        f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
+        "deviation); each variant against joint training with the same optimizer and batches (named where it is "
+        "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds.",
+        MORE,
+        held_out(r),
+    ]
 
 
 def off_diagonal(x):
@@ -237,34 +302,56 @@ def on_diagonal(x):
 
 def noise(r):
     """Two batches of one task against each other, beside batches of two tasks."""
-    rows = [["rank", "conflicts: two tasks", "one task, two batches", "cosine: two tasks", "one task, two batches",
-             "two tasks, without noise"]]  # fmt: skip
+    rows = [
+        [
+            "rank",
+            "conflicts: two tasks",
+            "one task, two batches",
+            "cosine: two tasks",
+            "one task, two batches",
+            "two tasks, without noise",
+        ]
+    ]
     for rank, found in r["ranks"].items():
         rates, cosines = np.array(found["rates"]), np.array(found["cosines"])  # (blocks, T, T)
         mean = cosines.mean(0)
-        rows.append([rank, f"{100 * off_diagonal(rates).mean():.1f} %", f"{100 * on_diagonal(rates).mean():.1f} %",
-                     f"{off_diagonal(mean):+.4f}", f"{on_diagonal(mean):+.4f}",
-                     f"{off_diagonal(clean(mean)):+.2f}"])  # fmt: skip
+        rows.append(
+            [
+                rank,
+                f"{100 * off_diagonal(rates).mean():.1f} %",
+                f"{100 * on_diagonal(rates).mean():.1f} %",
+                f"{off_diagonal(mean):+.4f}",
+                f"{on_diagonal(mean):+.4f}",
+                f"{off_diagonal(clean(mean)):+.2f}",
+            ]
+        )
     eight = r["ranks"]["8"]
     by_factor = []
     for f in "AB":
         chosen = np.array([name.endswith("." + f) for name in eight["blocks"]])
         rates = np.array(eight["rates"])[chosen]
-        by_factor.append(f"{f}: {100 * off_diagonal(rates).mean():.1f} % between tasks, "
-                         f"{100 * on_diagonal(rates).mean():.1f} % within one")  # fmt: skip
+        by_factor.append(
+            f"{f}: {100 * off_diagonal(rates).mean():.1f} % between tasks, "
+            f"{100 * on_diagonal(rates).mean():.1f} % within one"
+        )
     time = np.array(eight["rates by time"])
     fifths = ", ".join(f"{100 * off_diagonal(x):.1f} / {100 * on_diagonal(x):.1f}" for x in time)
     mean, names = clean(np.array(eight["cosines"]).mean(0)), r["tasks"]
-    pairs = [f"{names[i]}-{names[j]} {(mean[i, j] + mean[j, i]) / 2:+.2f}"
-             for i, j in itertools.combinations(range(len(names)), 2)]  # fmt: skip
+    pairs = [
+        f"{names[i]}-{names[j]} {(mean[i, j] + mean[j, i]) / 2:+.2f}"
+        for i, j in itertools.combinations(range(len(names)), 2)
+    ]
     s = r["settings"]
-    return [markdown(rows), "- At rank 8, " + "; ".join(by_factor) + ".\n"
-            f"- Over the fifths of training, between tasks / within one: {fifths} %.\n"
-            f"- Cosines without noise, by pair: {', '.join(pairs)}.",
-            f"Joint training of four tasks, {s['steps']} steps, two batches of {s['batch_size']} per task and step, at "
-            f"most {s['max_length']} tokens, one seed. A conflict is a negative dot product within one factor, 50 % "
-            "for unrelated directions. Without noise: c_ij / √(c_ii c_jj), c the mean cosine of two independent "
-            "batches."]  # fmt: skip
+    return [
+        markdown(rows),
+        "- At rank 8, " + "; ".join(by_factor) + ".\n"
+        f"- Over the fifths of training, between tasks / within one: {fifths} %.\n"
+        f"- Cosines without noise, by pair: {', '.join(pairs)}.",
+        f"Joint training of four tasks, {s['steps']} steps, two batches of {s['batch_size']} per task and step, at "
+        f"most {s['max_length']} tokens, one seed. A conflict is a negative dot product within one factor, 50 % "
+        "for unrelated directions. Without noise: c_ij / √(c_ii c_jj), c the mean cosine of two independent "
+        "batches.",
+    ]
 
 
 def clean(c):
@@ -276,8 +363,10 @@ def clean(c):
 
 def given_rates(r):
     """The rates in the rows' flags."""
-    found = dict.fromkeys(f"{row.split(': ')[0]} `{flags[flags.index('--lr'):].partition(' --tasks')[0]}`"
-                          for row, flags in r["rows"].items())  # fmt: skip
+    found = dict.fromkeys(
+        f"{row.split(': ')[0]} `{flags[flags.index('--lr') :].partition(' --tasks')[0]}`"
+        for row, flags in r["rows"].items()
+    )
     return ", ".join(found)
 
 
@@ -287,13 +376,20 @@ def lori(r):
     average, tasks = averages(runs), r["tasks"]
     rows = [["method", *tasks, "average", "− single, 95 % interval", "trained"]]
     guess = next(iter(r["majority"].values()))
-    rows.append(["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}",
-                 "", ""])  # fmt: skip
+    rows.append(
+        ["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}", "", ""]
+    )
     for m, entries in runs.items():
         scores = (mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks)
-        rows.append([m, *scores, mean_and_spread(average[m]), "" if m == "single" else
-                     signed(interval(average[m] - average["single"]), 1),
-                     f"{next(iter(entries.values()))['adapter_parameters']:,}"])  # fmt: skip
+        rows.append(
+            [
+                m,
+                *scores,
+                mean_and_spread(average[m]),
+                "" if m == "single" else signed(interval(average[m] - average["single"]), 1),
+                f"{next(iter(entries.values()))['adapter_parameters']:,}",
+            ]
+        )
     cosines = []
     for m, entries in runs.items():
         if m.endswith("-merged"):
@@ -302,11 +398,17 @@ def lori(r):
             cosines.append(f"{m} {found.mean():.3f} ({found.max():.3f})")
     s = r["settings"]
     pairs = [("lori-d", "single"), ("lori-s", "single"), ("lori-s", "lori-d"), ("lori-s-merged", "lora-merged")]
-    return [markdown(rows), "\n".join([
+    return [
+        markdown(rows),
+        "\n".join(
+            [
                 *(compared(average, row, base) for row, base in pairs),
-                f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}."]),
-            f"{s['steps']} steps of {s['batch-size']} examples, at most {s['max-length']} tokens, {len(r['seeds'])} "
-            f"seeds (± their standard deviation). Rates given, not chosen here: {given_rates(r)}."]  # fmt: skip
+                f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}.",
+            ]
+        ),
+        f"{s['steps']} steps of {s['batch-size']} examples, at most {s['max-length']} tokens, {len(r['seeds'])} "
+        f"seeds (± their standard deviation). Rates given, not chosen here: {given_rates(r)}.",
+    ]
 
 
 def continual(r):
@@ -317,19 +419,28 @@ def continual(r):
         for m, entries in methods.items():
             shared = [e["overlap"] for e in entries.values() if "overlap" in e]
             lost.setdefault(order, {})[m] = np.array([e["forgetting"] for e in entries.values()])
-            rows.append([order, {"single": "LoRA"}.get(m, m), mean_and_spread([*averages({m: entries})[m]]),
-                         mean_and_spread([e["forgetting"] for e in entries.values()]),
-                         f"{np.mean(shared):.3f}" if shared else ""])  # fmt: skip
+            rows.append(
+                [
+                    order,
+                    {"single": "LoRA"}.get(m, m),
+                    mean_and_spread([*averages({m: entries})[m]]),
+                    mean_and_spread([e["forgetting"] for e in entries.values()]),
+                    f"{np.mean(shared):.3f}" if shared else "",
+                ]
+            )
     s, lines = r["settings"], []
     for order, x in lost.items():
         found = interval(x["lori-s"] - x["single"])
         words = verdict(found, "forgets more than", "forgets less than", "is not shown to forget less or more than")
         lines.append(f"- {order}: `lori-s` {words} LoRA ({signed(found)} points).")
-    return [markdown(rows), "\n".join(lines),
-            f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
-            f"{s['max-length']} tokens, {len(r['seeds'])} seeds (± their standard deviation). Forgetting: a task's "
-            "score after its own stage, less that at the end, averaged over all but the last. Rates given, not chosen "
-            f"here: {given_rates(r)}."]  # fmt: skip
+    return [
+        markdown(rows),
+        "\n".join(lines),
+        f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
+        f"{s['max-length']} tokens, {len(r['seeds'])} seeds (± their standard deviation). Forgetting: a task's "
+        "score after its own stage, less that at the end, averaged over all but the last. Rates given, not chosen "
+        f"here: {given_rates(r)}.",
+    ]
 
 
 def demo(r):
@@ -346,15 +457,29 @@ def trust(r):
             total[kind] = total.get(kind, 0) + np.array(numbers, int)
     total["all"] = sum(total.values())
     rows += [[kind, *(f"{x:,}" for x in found), f"{found[0] - found[1] - found[2]:,}"] for kind, found in total.items()]
-    return [f"- Killed by SIGKILL at random moments and resumed: {kills[0]}; {kills[1]}.", markdown(rows),
-            "Of the damaged files, none was allowed to end the process, to run over its time, or to make it "
-            "allocate more than 16 MiB and three times the files' size. "
-            + ", ".join(f"`{x['command']}`: exit status {x['status']}" for x in r["tried"]) + "."]  # fmt: skip
+    return [
+        f"- Killed by SIGKILL at random moments and resumed: {kills[0]}; {kills[1]}.",
+        markdown(rows),
+        "Of the damaged files, none was allowed to end the process, to run over its time, or to make it "
+        "allocate more than 16 MiB and three times the files' size. "
+        + ", ".join(f"`{x['command']}`: exit status {x['status']}" for x in r["tried"])
+        + ".",
+    ]
 
 
-TABLES = {"main": comparison, "three": comparison, "seven": comparison, "balance": comparison, "conflict": conflict,
-          "matters": matters, "noise": noise, "lori": lori, "continual": continual, "demo": demo,
-          "trust": trust}  # fmt: skip
+TABLES = {
+    "main": comparison,
+    "three": comparison,
+    "seven": comparison,
+    "balance": comparison,
+    "conflict": conflict,
+    "matters": matters,
+    "noise": noise,
+    "lori": lori,
+    "continual": continual,
+    "demo": demo,
+    "trust": trust,
+}
 
 
 def table(path):
@@ -437,8 +562,15 @@ def draw(results):
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams |= {"svg.hashsalt": "ortho-lora", "svg.fonttype": "none", "font.size": 10, "axes.spines.top": False,
-                     "axes.spines.right": False, "font.family": "sans-serif", "figure.dpi": 100}  # fmt: skip
+    plt.rcParams |= {
+        "svg.hashsalt": "ortho-lora",
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.family": "sans-serif",
+        "figure.dpi": 100,
+    }
     made = {"method": schematic(plt)}
     for name, figure in (("main", figure_main), ("conflict", figure_conflict), ("noise", figure_noise)):
         if name in results:
@@ -455,14 +587,17 @@ def schematic(plt):
     dot = g[0] @ g[1]
     v = np.array([g[0] - dot / (g[1] @ g[1]) * g[1], g[1] - dot / (g[0] @ g[0]) * g[0]])
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.3))
-    panels = [("two tasks' gradients of one factor:\nmore than 90° apart", g, None),
-              ("joint training adds them:\nmuch of both is lost", g, g.sum(0)),
-              ("Ortho-LoRA first takes from each\nwhat points against the other", v, v.sum(0))]  # fmt: skip
+    panels = [
+        ("two tasks' gradients of one factor:\nmore than 90° apart", g, None),
+        ("joint training adds them:\nmuch of both is lost", g, g.sum(0)),
+        ("Ortho-LoRA first takes from each\nwhat points against the other", v, v.sum(0)),
+    ]
     for axis, (title, pair, total) in zip(axes, panels, strict=True):
         faint = pair is v
         for x, color, name in zip(g, (BLUE, RED), ("$g_1$", "$g_2$"), strict=True):
-            axis.annotate("", x, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.8,
-                                                    "alpha": 0.3 if faint else 1})  # fmt: skip
+            axis.annotate(
+                "", x, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.8, "alpha": 0.3 if faint else 1}
+            )
             axis.text(*(x * 1.1), name, color=color, ha="center", va="center", alpha=0.5 if faint else 1)
         if faint:
             for x, old, color, name in zip(v, g, (BLUE, RED), ("$v_1$", "$v_2$"), strict=True):
@@ -492,8 +627,10 @@ def figure_main(plt, r):
         axis.plot(mean, y, "o", color=BLUE, ms=7)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(range(len(methods)), list(reversed(methods)))
-    axis.set(ylim=(-0.5, len(methods) - 0.3), xlabel="points above joint training, average of the tasks: each seed, "
-             "their mean, its 95 % interval")  # fmt: skip
+    axis.set(
+        ylim=(-0.5, len(methods) - 0.3),
+        xlabel="points above joint training, average of the tasks: each seed, their mean, its 95 % interval",
+    )
     axis.xaxis.label.set_fontsize(9)
     figure.tight_layout()
     return r, figure
@@ -529,10 +666,13 @@ def figure_noise(plt, r):
     figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.5), sharey=True)
     for axis, factor in zip(axes, "AB", strict=True):
         numbers = sorted(number for f, number in layers if f == factor)
-        for values, color, name in ((off_diagonal(rates), RED, "two tasks"),
-                                    (on_diagonal(rates), GREY, "one task, two batches")):  # fmt: skip
-            axis.plot(numbers, [100 * values[layers[factor, n]].mean() for n in numbers], "o-", color=color, ms=4,
-                      label=name)  # fmt: skip
+        for values, color, name in (
+            (off_diagonal(rates), RED, "two tasks"),
+            (on_diagonal(rates), GREY, "one task, two batches"),
+        ):
+            axis.plot(
+                numbers, [100 * values[layers[factor, n]].mean() for n in numbers], "o-", color=color, ms=4, label=name
+            )
         axis.axhline(50, color="black", lw=0.8, ls=":")
         axis.set(title=f"factor {factor}", xlabel="layer", xticks=numbers, ylim=(0, 60))
     axes[0].set_ylabel("pairs in conflict, %")
@@ -620,8 +760,14 @@ def main():
     else:
         for name, (shown, figure) in draw(results).items():
             figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None, "Description": checksum(shown)})
-    print("\n".join(wrong) or ("the pages and the tables are as the results have them" if args.check else
-                               f"{len(paths)} tables, and the blocks of {len(PAGES)} pages"))  # fmt: skip
+    print(
+        "\n".join(wrong)
+        or (
+            "the pages and the tables are as the results have them"
+            if args.check
+            else f"{len(paths)} tables, and the blocks of {len(PAGES)} pages"
+        )
+    )
     sys.exit(bool(wrong))
 
 

@@ -104,16 +104,28 @@ def test_the_readme_shows_a_first_table_and_the_other_page_all(tmp_path, monkeyp
         report.embed(start, tmp_path / "README.md")
 
 
-@pytest.mark.parametrize("script, package", [("experiments/report.py --check", "scipy"),
-                                             ("experiments/report.py", "matplotlib"), ("tests/fuzz.py", "safetensors"),
-                                             ("experiments/reproduce.py trust", "safetensors")])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, package",
+    [
+        ("experiments/report.py --check", "scipy"),
+        ("experiments/report.py", "matplotlib"),
+        ("tests/fuzz.py", "safetensors"),
+        ("experiments/reproduce.py trust", "safetensors"),
+    ],
+)
 def test_what_train_does_without_is_asked_for_in_one_line(script, package, tmp_path):
     """Before anything is written: with requirements.txt alone these scripts can't do what they are for."""
-    code = ("import runpy, sys; sys.modules[sys.argv.pop(1)] = None\n"
-            "runpy.run_path(sys.argv.pop(1), run_name='__main__')")  # fmt: skip
+    code = (
+        "import runpy, sys; sys.modules[sys.argv.pop(1)] = None\nrunpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
     path, *flags = script.split() + ["--results", str(tmp_path)] * ("trust" in script)
-    done = subprocess.run([sys.executable, "-c", code, package, path, *flags], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": "experiments"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, package, path, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "experiments"},
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"needs {package}" in last and "requirements-dev.txt" in last
@@ -123,13 +135,28 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
     """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
     rows = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
     experiment = reproduce.Experiment(
-        "small", rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32", 3, {"": (1e-3, 1e-1), "joint at 0.01": ()},
-    )  # fmt: skip
+        "small",
+        rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
+        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32",
+        3,
+        {"": (1e-3, 1e-1), "joint at 0.01": ()},
+    )
     monkeypatch.setattr(reproduce, "HOLDOUT", 20)
     monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
-    arguments = ["reproduce.py", "main", "--model", str(demo / "model"), "--glue", str(demo / "glue"), "--jobs", "2",
-                 "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]  # fmt: skip
+    arguments = [
+        "reproduce.py",
+        "main",
+        "--model",
+        str(demo / "model"),
+        "--glue",
+        str(demo / "glue"),
+        "--jobs",
+        "2",
+        "--out",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     reproduce.main()
     assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 6 * 3
@@ -151,8 +178,17 @@ def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypa
 
 def test_noise_measures_one_task_against_itself(demo, monkeypatch):
     """At B = 0 only B has a gradient; a task whose two batches are the same has cosine 1 with itself."""
-    s = reproduce.train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mrpc", steps=5,
-                                 batch_size=8, max_length=32, dtype="fp32", per_task="loop", lr=0.0)  # fmt: skip
+    s = reproduce.train.Settings(
+        model=str(demo / "model"),
+        glue=str(demo / "glue"),
+        tasks="sst2,mrpc",
+        steps=5,
+        batch_size=8,
+        max_length=32,
+        dtype="fp32",
+        per_task="loop",
+        lr=0.0,
+    )
     encoder, tasks = reproduce.train.prepare(s, reproduce.torch.device("cpu"))
     draw = reproduce.train.draw
     monkeypatch.setattr(reproduce.train, "draw", lambda tasks, seed, s, model: draw(tasks, 0, s, model))
