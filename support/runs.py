@@ -195,11 +195,11 @@ def locked(folder, wait=False):
         os.close(handle)
 
 
-def again(argv, out, demo):
+def again(argv, out, demo, script="train.py"):
     """The whole command that goes on with the run in `out`."""
     more = [["--demo"] if demo else [], ["--out", out], ["--resume"]]
     words = [*argv, *(word for words in more if words and words[0] not in argv for word in words)]
-    return f"{'torchrun … ' if WORLD > 1 else 'python '}train.py {shlex.join(words)}"
+    return f"{'torchrun …' if WORLD > 1 else 'python'} {script} {shlex.join(words)}"
 
 
 def refuse_taken(out, resume, again):
