@@ -1,4 +1,4 @@
-"""Every published number: runs train.py as a user would, and gathers what it says into experiments/results/NAME/.
+"""Every published number: runs the commands as a user would, and gathers what they say into experiments/results/NAME/.
 
     python experiments/reproduce.py                                         what there is
     python experiments/reproduce.py main --model MODEL --glue GLUE          one experiment (folders, or ids on the Hub)
@@ -6,8 +6,8 @@
 
 Each row of an experiment first has its learning rate chosen, on training rows held out, by half as many steps and one
 seed (on the toy grammar by as many and two); then it is run with other seeds and scored on the validation split. Runs
-go to --out, one folder for each; those that are finished are not run again, and one that was interrupted goes on, so
-the same command continues. --jobs N runs N at a time, for as many CPU cores. `report.py` turns the gathered numbers
+go to --out, one folder for each; those that are finished are kept, and one that was interrupted goes on, so the same
+command continues. --jobs N runs N at a time, for as many CPU cores. `report.py` turns the gathered numbers
 into tables and figures.
 """
 
@@ -34,7 +34,9 @@ from bench import commit, installed, machine  # noqa: E402
 
 import lora  # noqa: E402
 import train  # noqa: E402
+from glue import batches_of_steps  # noqa: E402
 from ortholora import OrthoLoRA  # noqa: E402
+from support import runs  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 
@@ -44,12 +46,13 @@ class Experiment:
     """Rows of a table, each run with the same seeds, and so on the same batches."""
 
     about: str
-    rows: dict  # {name: flags of train.py}
+    rows: dict  # {name: flags of the script}
     flags: str  # of every row
     seeds: int
     rates: dict = field(default_factory=dict)  # {row, or "" for the others: learning rates to choose from}
     toy: dict = field(default_factory=dict)  # {row, or "" for all: conflict}: run on the toy grammar, not on GLUE
     full: str = ""  # what --full adds, and so changes
+    script: str = "train.py"
 
 
 FIVE = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
@@ -80,14 +83,6 @@ EXPERIMENTS = {
         RATES | dict.fromkeys(AT, ()),
         full=FULL,
     ),
-    "seven": Experiment(
-        "The same for all seven tasks with an official validation split.",
-        FIVE,
-        f"--tasks rte,mrpc,cola,stsb,sst2,qnli,mnli --steps 400 {SIZE}",
-        3,
-        RATES,
-        full=FULL,
-    ),
     "conflict": Experiment(
         "A known conflict: the toy grammar's tasks contradict each other on a share p of the traits.",
         {row: f"--methods {m}" for row, (_, m) in LEVELS.items()} | SAME,
@@ -104,7 +99,7 @@ EXPERIMENTS = {
                 "single": "single",
                 "joint": "joint",
                 "ortho": "ortho",
-                "ortho, by role": "ortho --unit factor",
+                "ortho, by factor": "ortho --unit factor",
                 "pcgrad": "pcgrad",
                 "ortho, A alone": "ortho --factors A",
                 "ortho, B alone": "ortho --factors B",
@@ -151,9 +146,10 @@ EXPERIMENTS = {
             for order in ORDERS
             for method, flags in LORI.items()
         },
-        f"--continual --steps 100 {SIZE}",
+        f"--steps 100 {SIZE}",
         3,
         full=FULL,
+        script="experiments/continual.py",
     ),
 }
 
@@ -162,7 +158,7 @@ KEPT = ("average", "adapter_parameters", "conflicts", "cosines", "matrix", "forg
 
 
 def chosen(text):
-    """'--a 1 --b --a 2' -> {'--a': '2', '--b': True}: the last one counts, as on train.py's command line."""
+    """'--a 1 --b --a 2' -> {'--a': '2', '--b': True}: the last one counts, as on a command line."""
     found, words = {}, shlex.split(text)
     for i, word in enumerate(words):
         if word.startswith("--"):
@@ -171,14 +167,14 @@ def chosen(text):
     return found
 
 
-def run(folder, flags, jobs):
-    """One call of train.py into `folder`, or what is left of it. Returns its results.json and timing.json.
+def run(folder, script, flags, jobs):
+    """One run of a script into `folder`, or what is left of it. Returns its results.json, and what it took.
 
-    The timing says with which commit it ended, under "commit".
+    That is {hardware, seconds of all trainings, commit with which it ended}.
     """
-    if not (folder / "results.json").exists():
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(folder)]
-        command += ["--resume"] * bool(list(folder.glob("state.safetensors*")))
+    ended = folder / "commit.txt"
+    if not ended.exists():
+        command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder), "--resume"]
         threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.perf_counter()
@@ -186,10 +182,12 @@ def run(folder, flags, jobs):
             code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, **threads}).returncode
         if code:
             raise SystemExit(f"{shlex.join(command)}\nended with {code}; see {folder}/output.txt")
-        (folder / "commit.txt").write_text(commit())
+        ended.write_text(commit())
         print(f"{folder.name:32} {time.perf_counter() - begin:6.0f} s", flush=True)
-    timing = json.loads((folder / "timing.json").read_text()) | {"commit": (folder / "commit.txt").read_text()}
-    return json.loads((folder / "results.json").read_text()), timing
+    times = [json.loads(path.read_text()) for path in folder.rglob("timing.json")]
+    seconds = sum(unit["seconds_per_step"] * unit["steps"] for unit in times)
+    took = {"hardware": times[0]["hardware"], "seconds": seconds, "commit": ended.read_text()}
+    return json.loads((folder / "results.json").read_text()), took
 
 
 def reproduce(name, args):
@@ -218,9 +216,13 @@ def reproduce(name, args):
     if experiment.toy:  # quick runs: all seeds in one call, and two whole ones for a rate
         trial, calls = {"seeds": "1000,1001", "holdout": HOLDOUT}, [",".join(calls)]
     with ThreadPoolExecutor(args.jobs) as pool:
+
+        def start(folder, words):
+            return pool.submit(run, out / folder, experiment.script, words, args.jobs)
+
         rates = {row: experiment.rates.get(row, experiment.rates.get("", ())) for row in experiment.rows}
         tried = {
-            (row, rate): pool.submit(run, out / f"rate {row} {rate:g}", flags(row, lr=rate, **trial), args.jobs)
+            (row, rate): start(f"rate {row} {rate:g}", flags(row, lr=rate, **trial))
             for row in experiment.rows
             for rate in rates[row]
         }
@@ -230,7 +232,7 @@ def reproduce(name, args):
             held[row][rate] = sum(entry["average"] for entry in entries.values()) / len(entries)
         rate = {row: {"lr": f"{max(scores, key=scores.get):g}"} if scores else {} for row, scores in held.items()}
         done = {
-            (row, call): pool.submit(run, out / f"{row} seed {call}", flags(row, **rate[row], seeds=call), args.jobs)
+            (row, call): start(f"{row} seed {call}", flags(row, **rate[row], seeds=call))
             for call in calls
             for row in experiment.rows
         }
@@ -262,9 +264,7 @@ def reproduce(name, args):
 
 def demo(args):
     """The demo as README's first command runs it."""
-    found, timing = run(Path(args.out) / "demo", ["--demo"], 1)
-    for path in ("model", "glue"):  # where the demo's files happened to be
-        del found["settings"][path]
+    found, timing = run(Path(args.out) / "demo", "train.py", ["--demo"], 1)
     about = facts("demo", "The demo: a toy grammar, 3 seeds.", args, timing, timing["seconds"])
     write("demo", about | {"table": (Path(args.out) / "demo" / "results.md").read_text(), "results": found}, args)
 
@@ -290,39 +290,42 @@ def noise(args):
         dtype="bf16",
         per_task="loop",
     )
-    begin, (encoder, tasks) = time.perf_counter(), train.prepare(s, train.find_device("auto"))
+    begin, (encoder, frozen, tasks) = time.perf_counter(), train.load(s)
     kept = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("model", "glue")}  # not where these lie
     results = {"settings": kept, "seeds": [0], "tasks": [d.name for d in tasks], "ranks": {}}
     for s.rank in RANKS:
-        results["ranks"][s.rank] = measure(encoder, tasks, s)
-    timing = {"hardware": train.hardware(train.device_of(encoder))}
-    about = facts("noise", noise.__doc__.splitlines()[0], args, timing, time.perf_counter() - begin)
+        results["ranks"][s.rank] = measure(frozen, tasks, s)
+    about = facts(
+        "noise", noise.__doc__.splitlines()[0], args, {"hardware": runs.hardware(encoder)}, time.perf_counter() - begin
+    )
     write("noise", about | results, args)
 
 
-def measure(encoder, tasks, s, seed=0):
+def measure(frozen, tasks, s, seed=0):
     """Train jointly; mean cosine and conflict rate between the halves, (bins of steps, blocks, T, T), summed up."""
-    T, model = len(tasks), train.build("joint", encoder, tasks, seed, s)
+    T, model = len(tasks), train.build("joint", frozen, tasks, seed, s)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ortho = OrthoLoRA(lora.blocks(model.encoder), 2 * T, surgery=False)  # for its statistics: the gradients add up
+    ortho = OrthoLoRA(lora.blocks(model.encoder), 2 * T)
+    nobody = torch.empty(2 * T, 0, dtype=torch.long)  # whom each gradient meets: they add up, and are watched
     optimizer = torch.optim.AdamW(trained, weight_decay=0.01)
     cosines = torch.zeros(BINS, len(ortho.blocks), T, T)
     rates = torch.zeros_like(cosines)
-    streams = [train.draw(tasks, seed + half, s, model) for half in (0, 1)]
+    pad, device = model.encoder.config.pad_token_id, ortho.rows.device
+    streams = [batches_of_steps(tasks, seed + half, s, pad, device) for half in (0, 1)]
     for step in tqdm(range(s.steps), desc=f"rank {s.rank}", mininterval=10):
         optimizer.zero_grad()
         for half, stream in enumerate(streams):
             for t, batch in enumerate(next(stream)):
-                (train.task_losses(model, batch, s)[0] / 2).backward()
+                (train.task_losses(model, batch)[0] / 2).backward()
                 ortho.collect(half * T + t)
-        across = ortho.project().cosines[:, :T, T:].cpu()  # (blocks, T, T): task i's first batch, task j's second
+        across = ortho.project(nobody).cosines[:, :T, T:].cpu()  # (blocks, T, T): task i's first batch, task j's second
         cosines[step * BINS // s.steps] += across
         rates[step * BINS // s.steps] += (across < 0).float()
         torch.nn.utils.clip_grad_norm_(trained, s.clip)
         optimizer.param_groups[0]["lr"] = s.lr * train.lr_at(step, s)
         optimizer.step()
     each = s.steps / BINS
-    names = train.projected_blocks(model, "ortho", s)[1]
+    names = train.projected_blocks("ortho", model, s)[1]
     return {
         "blocks": names,
         "steps per bin": each,
@@ -333,11 +336,16 @@ def measure(encoder, tasks, s, seed=0):
     }
 
 
-TRUST = ["tests/kills.py --count 50 --kills 3", "tests/fuzz.py --count 100000"]
+KILLS = [
+    "tests/kills.py --count 50 --kills 3",
+    "tests/kills.py --mode torchrun --count 10",
+    "tests/kills.py --mode jobs --count 10",
+]
+TRUST = [*KILLS, "tests/fuzz.py --count 100000"]
 
 
 def trust(args):
-    """What a run survives: 50 runs killed and resumed, 100,000 damaged files read."""
+    """What a run survives: 70 runs killed and resumed, 100,000 damaged files read."""
 
     def tried(command):
         done = subprocess.run(
@@ -352,7 +360,7 @@ def trust(args):
     begin = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(tried, TRUST))
-    about = facts("trust", trust.__doc__, args, {"hardware": "CPU, 1 threads"}, time.perf_counter() - begin)
+    about = facts("trust", trust.__doc__, args, {"hardware": "CPU, 1 thread"}, time.perf_counter() - begin)
     write("trust", about | {"seeds": [0], "tried": found}, args)
 
 
