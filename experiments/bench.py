@@ -2,6 +2,7 @@
 
     python experiments/bench.py project                              the projection alone, at RoBERTa-base's LoRA shapes
     python experiments/bench.py project --num-tasks 2,4,8,16,32,64,128     and how it grows with the tasks
+    python experiments/bench.py project --shapes 7b                  at a 7-B Llama's, by tensor and as one block
     python experiments/bench.py step --model FOLDER_OR_ID            a training step: joint, pcgrad, ortho
     python experiments/bench.py memory --model FOLDER_OR_ID          its peak memory, each mode in a process of its own
     python experiments/bench.py padding --model … --glue …           batches of alike lengths against plain shuffling
@@ -14,7 +15,9 @@ What is printed is also written to experiments/results/bench-WHAT-….json and .
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import platform
@@ -35,10 +38,21 @@ sys.path.insert(0, str(ROOT))
 
 import glue  # noqa: E402
 import train  # noqa: E402
+from evaluate import find_device  # noqa: E402
 from model import Config, Encoder, load_encoder  # noqa: E402
 from ortholora import OrthoLoRA  # noqa: E402
+from support import runs  # noqa: E402
+from support.hub import find_checkpoint  # noqa: E402
+from support.table import markdown  # noqa: E402
 
-ROBERTA_BASE = [(8, 768), (768, 8)] * 24  # A and B of query and value in 12 layers
+
+def factors(r, *layers):
+    """The shapes of A and B of linear layers (in, out) at rank r."""
+    return [shape for n_in, n_out in layers for shape in ((r, n_in), (n_out, r))]
+
+
+ROBERTA_BASE = factors(8, *[(768, 768)] * 24)  # query and value in 12 layers
+LLAMA_7B = factors(16, *[*[(4096, 4096)] * 4, (4096, 11008), (4096, 11008), (11008, 4096)] * 32)  # all seven, 32 layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +86,7 @@ def take_turns(modes, rounds, device, warmup=2):
 def machine(device):
     """What a number was measured on, and with which commit."""
     return {
-        "hardware": train.hardware(device),
+        "hardware": runs.hardware(torch.nn.Linear(1, 1, device=device)),
         "processor": processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -108,9 +122,9 @@ def projection_modes(T, device, with_torchjd):
     """(OrthoLoRA, modes for `take_turns`): what T tasks cost at ROBERTA_BASE, on random gradients."""
     torch.manual_seed(T)
     parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in ROBERTA_BASE]
+    grads = [[torch.randn_like(p) for p in parameters] for _ in range(T)]
+    stack = torch.stack([torch.stack([g.flatten() for g in of_block]) for of_block in zip(*grads, strict=True)])
     ortho = OrthoLoRA([[p] for p in parameters], T)
-    rows = torch.randn(ortho.rows.shape, device=device)  # (T, P)
-    stack = rows.unflatten(1, (len(parameters), -1)).transpose(0, 1).contiguous()  # (blocks, T, n)
 
     def clear():
         for p in parameters:
@@ -118,7 +132,7 @@ def projection_modes(T, device, with_torchjd):
 
     def collect():
         for t in range(T):
-            for p, grad in zip(ortho.parameters, ortho._per_parameter(rows[t]), strict=True):
+            for p, grad in zip(parameters, grads[t], strict=True):
                 p.grad = grad
             ortho.collect(t)
 
@@ -126,23 +140,63 @@ def projection_modes(T, device, with_torchjd):
         clear()
         ortho.rows.copy_(rows)
 
+    collect()
+    rows = ortho.rows.clone()  # (T, P)
     modes = {"collect": (clear, collect), "project": (fill, ortho.project), "gram": (None, lambda: stack @ stack.mT)}
     if with_torchjd:
         from torchjd.aggregation import PCGrad
 
         pcgrad = PCGrad()
-        modes["torchjd"] = None, lambda: [pcgrad(block) for block in stack]
+        modes["torchjd"] = None, lambda: [pcgrad(block) for block in stack]  # stack: (blocks, T, n)
     return ortho, modes
+
+
+def promised(ortho):
+    """The most bytes that `project` may take beside the rows, the new .grad included."""
+    T, P = ortho.rows.shape
+    return 2 * 4 * P + 2**26 + 8 * 8 * len(ortho.blocks) * T * T
+
+
+def bench_large(args, device):
+    """`project` at LLAMA_7B with T = 4, every tensor alone and all as one block."""
+    rows = [["blocks", "project", "of reading the rows once", "peak beside the rows", "at most"]]
+    results = []
+    for unit in ("tensor", "all"):
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in LLAMA_7B]
+        ortho = OrthoLoRA([[p] for p in parameters] if unit == "tensor" else [parameters], 4)
+
+        def fill(ortho=ortho, parameters=parameters):
+            ortho.rows.normal_()
+            for p in parameters:
+                p.grad = None
+
+        modes = {"project": (fill, ortho.project), "sum": (fill, ortho.rows.sum)}
+        times = take_turns(modes, max(3, args.rounds // 5), device, warmup=1)
+        peak = peak_of(ortho.project, device, prepare=fill)
+        found = {"unit": unit, "blocks": len(ortho.blocks), "seconds": times["project"], "sum_seconds": times["sum"]}
+        results.append(found | {"peak_bytes": peak, "promised_bytes": promised(ortho), "rows_bytes": ortho.rows.nbytes})
+        time_, ratio = f"{1e3 * times['project']:.0f} ms", f"{times['project'] / times['sum']:.1f}"
+        memory = [f"{x / 2**20:.0f} MiB" for x in (peak, promised(ortho))]
+        rows.append([f"{len(ortho.blocks)}", time_, ratio, *memory])
+        print(" ".join(rows[-1]), flush=True)
+    notes = [
+        f"T = 4, P = {ortho.rows.shape[1]:,}: r 16 on all seven linear layers of a 7-B Llama's 32 blocks, float32; "
+        f"the rows take {ortho.rows.nbytes / 2**20:.0f} MiB. at most: 2 · 4·P bytes, 64 MiB and eight (blocks, T, T) "
+        "in float64."
+    ]
+    return rows, results, notes
 
 
 def bench_project(args, device):
     """`collect` and `project` at RoBERTa-base's shapes, beside the Gram product that no way of projecting can avoid."""
+    if args.shapes == "7b":
+        return bench_large(args, device)
     rows = [["tasks", "collect", "project", "bare Gram", "torchjd", "project / Gram", "torchjd / project", "MiB"]]
     results, counts = [], [int(t) for t in args.num_tasks.split(",")]
     for T in counts:
         ortho, modes = projection_modes(T, device, args.torchjd_up_to >= T and installed("torchjd"))
         times = take_turns(modes, args.rounds if T < 32 else max(3, args.rounds // 5), device)
-        extra = peak_of(ortho.project, device, prepare=modes["project"][0]) + ortho.update.nbytes
+        extra = peak_of(ortho.project, device, prepare=modes["project"][0])
         ms = {name: 1e3 * seconds for name, seconds in times.items()}
         results.append({"tasks": T, "milliseconds": ms, "extra_bytes": extra, "rows_bytes": ortho.rows.nbytes})
         own = [f"{ms[name]:.2f} ms" for name in ("collect", "project", "gram")]
@@ -154,8 +208,8 @@ def bench_project(args, device):
         "batched product of every block with itself. MiB: what project() takes beside the rows."
     ]
     if args.step:
-        config = Config("roberta", 50265, 768, 12, 12, 3072, 514, 1, "gelu", 0.1, 0.1, 0.1, 1, 1e-5)
-        encoder = Encoder(config).to(device)
+        config = Config("roberta", 50265, 768, 12, 12, 3072, 514, 1, "gelu", 0.1, 0.1, 0.1, type_vocab_size=1)
+        encoder = in_dtype(Encoder(config), args, device)
         one_task = Step("joint", "loop", argparse.Namespace(**{**vars(args), "tasks": 1}), device, encoder)
         seconds = take_turns({"": (None, one_task)}, 3, device, warmup=1)[""]
         shares = [
@@ -182,6 +236,11 @@ def bench_project(args, device):
 # A training step
 
 
+def in_dtype(encoder, args, device):
+    """The frozen encoder as trainings read it."""
+    return encoder.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+
+
 class Step:
     """One training step of a method in a mode, on random sequences without padding."""
 
@@ -192,17 +251,17 @@ class Step:
         self.tasks = []
         for name in itertools.islice([t for t in glue.TASKS if glue.TASKS[t].outputs == 2] * 100, args.tasks):
             ids = rng.integers(5, encoder.config.vocab_size, (args.batch_size, args.length)).tolist()
-            self.tasks.append(train.TaskData(name, [(row, [0] * len(row)) for row in ids], labels, [], labels))
+            self.tasks.append(glue.TaskData(name, [(row, [0] * len(row)) for row in ids], labels, [], labels))
         model = self.model = train.build(method, encoder, self.tasks, 0, s)
-        self.parts, self.s = next(train.draw(self.tasks, 0, s, model)), s
+        self.batches, self.s = next(glue.batches_of_steps(self.tasks, 0, s, encoder.config.pad_token_id, device)), s
         model.eval()  # no dropout anywhere, in no mode
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        self.ortho = train.projection(method, model, self.tasks, 0, s)
+        self.method, self.ortho = method, train.projection(method, model, args.tasks, s)
 
     def __call__(self):
         self.optimizer.zero_grad()
-        train.gradients(self.model, self.tasks, self.parts, self.ortho, self.s)
+        train.gradients(self.method, self.model, self.batches, self.ortho, 0, self.s)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
 
@@ -254,8 +313,8 @@ MODES = {  # name -> method, how
 
 def bench_step(args, device):
     """A whole step in every mode, against the faster of the two joint steps; and against the peers' joint step."""
-    folder = train.find_checkpoint(args.model)
-    encoder = load_encoder(folder, quiet=True).to(device)
+    folder = find_checkpoint(args.model)
+    encoder = in_dtype(load_encoder(folder, quiet=True), args, device)
     steps = {name: Step(method, how, args, device, encoder) for name, (method, how) in MODES.items()}
     if not args.no_peers and installed("transformers", "peft") and encoder.config.model_type != "distilbert":
         for attention in ("sdpa", "eager"):
@@ -304,7 +363,7 @@ def peak_of(run, device, prepare=None):
 
 def peak_of_step(args, device):
     """In this process, for --mode alone: the peak of the third step, beyond what stands between steps."""
-    step = Step(*MODES[args.mode], args, device, load_encoder(args.model, quiet=True).to(device))
+    step = Step(*MODES[args.mode], args, device, in_dtype(load_encoder(args.model, quiet=True), args, device))
     step(), step()
     step.optimizer.zero_grad()
     return peak_of(step, device)
@@ -318,13 +377,12 @@ def bench_memory(args, device):
         if done.returncode:
             sys.exit(done.stderr)
         peaks[mode] = int(done.stdout.split()[-1])
-    step = Step("ortho", "loop", args, device, load_encoder(args.model, quiet=True).to(device))
-    TP = step.ortho.rows.nbytes
-    stands = TP + step.ortho.update.nbytes  # between steps, too
+    step = Step("ortho", "loop", args, device, in_dtype(load_encoder(args.model, quiet=True), args, device))
+    TP = step.ortho.rows.nbytes  # these stand between steps, too
     rows = [["step", "peak beyond the weights", "beyond joint", "in rows of T · P floats", "against joint"]]
     for mode, peak in peaks.items():
         base = peaks["joint, loop" if "loop" in mode else "joint, one mixed batch"]
-        more = peak - base + (stands if "ortho" in mode or "pcgrad" in mode else 0)
+        more = peak - base + (TP if "ortho" in mode or "pcgrad" in mode else 0)
         rows.append(
             [
                 mode,
@@ -336,12 +394,12 @@ def bench_memory(args, device):
         )
     notes = [
         f"{args.tasks} tasks of {args.batch_size} sequences of {args.length} tokens, {args.dtype}, "
-        f"{Path(args.model).name}. The rows, T · P floats, take {TP / 2**20:.2f} MiB and are counted in, as is the sum."
+        f"{Path(args.model).name}. The rows, T · P floats, take {TP / 2**20:.2f} MiB and are counted in."
     ]
     return (
         rows,
         [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()]
-        + [{"rows_bytes": TP, "standing_bytes": stands}],
+        + [{"rows_bytes": TP, "standing_bytes": TP}],
         notes,
     )
 
@@ -353,17 +411,14 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 class Watched:
-    """In the place of a run's progress: profiles ten steps between two log lines, then ends the run."""
+    """In the place of a run's progress bar: profiles ten steps between two log lines, then ends the run."""
 
     def __init__(self, device):
-        self.step, self.device = 0, device
+        self.step, self.device = -1, device  # the loop's first update is of no step
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self.profile = profile(activities=kinds)
 
-    def enter(self):
-        return {}, 1, 0.0
-
-    def due(self):
+    def update(self, batches):
         self.step += 1
         if self.step == 5:  # by now everything has been allocated and compiled
             synchronize(self.device)
@@ -375,13 +430,14 @@ class Watched:
 
 def bench_waits(args, device):
     """The training loop as `train.py` runs it: what the profiler counts of calls that wait for the device."""
-    encoder = load_encoder(train.find_checkpoint(args.model), quiet=True).to(device)
+    encoder = in_dtype(load_encoder(args.model, quiet=True), args, device)
     rows, results = [["method", "steps", *WAITS]], []
     for method, how in MODES.values():
-        step = Step(method, how, args, device, encoder)
-        s, watched = train.dataclasses.replace(step.s, steps=1000), Watched(device)
+        step, watched = Step(method, how, args, device, encoder), Watched(device)
+        s = dataclasses.replace(step.s, steps=1000, save_every=1e9)
+        unit = runs.Unit(Path("nowhere"), method, 0, tuple(data.name for data in step.tasks))
         with contextlib.suppress(StopIteration):
-            train.train(method, step.model, step.tasks, 0, s, None, train.tqdm(disable=True), watched)
+            train.train(unit, step.model, step.tasks, encoder, s, io.StringIO(), watched)
         seen = [event.name for event in watched.profile.events()]
         found = {name: seen.count(name) for name in WAITS}
         found["cudaDeviceSynchronize"] -= seen.count("cudaDeviceSynchronize") > 0  # the profiler's own, as it stops
@@ -400,13 +456,11 @@ def bench_waits(args, device):
 
 def bench_padding(args, device):
     """Joint steps on real tasks, with batches of alike lengths and with plain shuffling: padding, tokens per second."""
-    folder = train.find_checkpoint(args.model)
-    tokenizer, encoder = glue.load_tokenizer(folder), load_encoder(folder, quiet=True).to(device)
-    base = train.Settings(
-        glue=args.glue, batch_size=args.batch_size, max_length=args.length, dtype=args.dtype, per_task="loop"
-    )
+    folder = find_checkpoint(args.model)
+    tokenizer, encoder = glue.load_tokenizer(folder), in_dtype(load_encoder(folder, quiet=True), args, device)
+    base = train.Settings(batch_size=args.batch_size, per_task="loop")
     names = args.tasks_named.split(",")
-    tasks = [train.load_data(name, base, tokenizer, encoder.config) for name in names]
+    tasks = [glue.load_data(name, args.glue, tokenizer, encoder.config, args.length) for name in names]
     rows = [
         [
             "batches",
@@ -419,7 +473,7 @@ def bench_padding(args, device):
     ]
     streams, found = {}, {}
     for window in (1, base.window):
-        s = train.dataclasses.replace(base, window=window)
+        s = dataclasses.replace(base, window=window)
         model = train.build("joint", encoder, tasks, 0, s)
         share, totals, stacked = [], [0, 0], [0, 0]
         for data in tasks:
@@ -433,14 +487,14 @@ def bench_padding(args, device):
             lengths = np.concatenate([d.lengths[b] for d, b in zip(tasks, step, strict=True)])
             stacked = [stacked[0] + lengths.sum(), stacked[1] + len(lengths) * lengths.max()]
         found[window] = share, 1 - totals[0] / totals[1], 1 - stacked[0] / stacked[1]
-        streams[window] = model, train.draw(tasks, 0, s, model), s
+        streams[window] = model, glue.batches_of_steps(tasks, 0, s, encoder.config.pad_token_id, device), s
 
     def ten_steps(window):
         model, stream, s = streams[window]
-        for parts in itertools.islice(stream, 10):
+        for batches in itertools.islice(stream, 10):
             model.zero_grad()
-            train.gradients(model, tasks, parts, None, s)
-            counted[window] += sum(b.ids.numel() if b.mask is None else int(b.mask.sum()) for b in parts)
+            train.gradients("joint", model, batches, None, 0, s)
+            counted[window] += sum(b.ids.numel() if b.mask is None else int(b.mask.sum()) for b in batches)
 
     counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     for turn in range(1 + max(2, args.rounds // 4)):  # sums, not medians: the batches differ
@@ -488,6 +542,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["project", "step", "memory", "padding", "waits"])
     parser.add_argument("--num-tasks", default="4,8,64", help="project: numbers of tasks [%(default)s]")
+    parser.add_argument("--shapes", default="base", choices=["base", "7b"], help="project: whose [%(default)s]")
     parser.add_argument("--step", action="store_true", help="project: as a share of a RoBERTa-base step, too")
     parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: time torchjd up to so many tasks")
     parser.add_argument("--model", default="roberta-base", help="checkpoint folder or Hub id [%(default)s]")
@@ -510,7 +565,7 @@ def main():
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"), help="folder for the results")
     parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
     args = parser.parse_args()
-    device = train.find_device(args.device)
+    device = find_device(args.device)
     if args.what == "waits" and device.type != "cuda":
         parser.error("waits counts CUDA's calls; on a CPU see test_no_step_waits_for_the_device in tests/test_train.py")
     if args.clock == "cpu":
@@ -528,9 +583,10 @@ def main():
         f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
         f"commit {about['commit']}, {about['date']}"
     )
-    text = "\n\n".join([train.markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
+    text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
     print(f"\n{text}")
-    name = f"bench-{args.what}" + (f"-{args.dtype}" if args.what == "step" else "") + f"-{device.type}"
+    variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base")
+    name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + f"-{device.type}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     written = {"command": command, **about, "rounds": args.rounds, "results": results}
