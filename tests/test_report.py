@@ -1,6 +1,5 @@
-"""experiments/report.py: intervals against scipy's t test, words, --check; reproduce.py end to end, small."""
+"""experiments/report.py: intervals against scipy's t test, words, blocks of the pages, --check."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import report  # noqa: E402
-import reproduce  # noqa: E402
 
 GENERATOR = np.random.default_rng(0)
 
@@ -129,71 +127,3 @@ def test_what_train_does_without_is_asked_for_in_one_line(script, package, tmp_p
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"needs {package}" in last and "requirements-dev.txt" in last
-
-
-def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypatch, capsys):
-    """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
-    rows = {m: f"--methods {m}" for m in ("head", "single", "joint", "pcgrad", "ortho")}
-    experiment = reproduce.Experiment(
-        "small",
-        rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32",
-        3,
-        {"": (1e-3, 1e-1), "joint at 0.01": ()},
-    )
-    monkeypatch.setattr(reproduce, "HOLDOUT", 20)
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
-    arguments = [
-        "reproduce.py",
-        "main",
-        "--model",
-        str(demo / "model"),
-        "--glue",
-        str(demo / "glue"),
-        "--jobs",
-        "2",
-        "--out",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "results"),
-    ]
-    monkeypatch.setattr(sys, "argv", arguments)
-    reproduce.main()
-    assert capsys.readouterr().out.count(" s\n") == 5 * 2 + 6 * 3
-    path = tmp_path / "results" / "main" / "results.json"
-    r = json.loads(path.read_text())
-    assert {"command", "commit", "seeds", "hardware", "minutes"} <= r.keys()
-    assert r["chosen"]["joint at 0.01"] == 0.01 and not r["held_out"].pop("joint at 0.01")
-    for row, scores in r["held_out"].items():
-        assert r["chosen"][row] == float(max(scores, key=scores.get))
-    one = json.loads((tmp_path / "runs" / "main" / "ortho seed 2" / "results.json").read_text())
-    assert one["settings"]["lr"] == r["chosen"]["ortho"] and one["seeds"] == [2] and one["settings"]["holdout"] == 0
-    average = one["methods"]["ortho"]["2"]["average"]
-    assert r["runs"]["ortho"]["ortho"]["2"]["average"] == pytest.approx(average, abs=1e-4)
-    text = report.table(path)
-    assert f"| {r['chosen']['ortho']:g} |" in text and "| ortho" in text and "commit" in text
-    reproduce.main()
-    assert " s\n" not in capsys.readouterr().out and report.table(path) == text
-
-
-def test_noise_measures_one_task_against_itself(demo, monkeypatch):
-    """At B = 0 only B has a gradient; a task whose two batches are the same has cosine 1 with itself."""
-    s = reproduce.train.Settings(
-        model=str(demo / "model"),
-        glue=str(demo / "glue"),
-        tasks="sst2,mrpc",
-        steps=5,
-        batch_size=8,
-        max_length=32,
-        dtype="fp32",
-        per_task="loop",
-        lr=0.0,
-    )
-    encoder, tasks = reproduce.train.prepare(s, reproduce.torch.device("cpu"))
-    draw = reproduce.train.draw
-    monkeypatch.setattr(reproduce.train, "draw", lambda tasks, seed, s, model: draw(tasks, 0, s, model))
-    found = reproduce.measure(encoder, tasks, s)
-    cosines, is_A = np.array(found["cosines"]), np.array([name.endswith(".A") for name in found["blocks"]])
-    assert np.all(cosines[is_A] == 0) and np.allclose(report.on_diagonal(cosines[~is_A]), 1, atol=1e-5)
-    assert np.all(np.abs(report.off_diagonal(cosines[~is_A])) < 0.9)
-    assert np.shape(found["rates by time"]) == (reproduce.BINS, 2, 2)
