@@ -1,0 +1,236 @@
+"""evaluate.py: a saved adapter scores what the table says, here and in peft, and its predictions become the files."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import evaluate
+from glue import encode, load_task, load_tokenizer, score
+from model import load_encoder
+from support.checkpoint import read_header, read_safetensors, write_safetensors
+
+
+def rows_of(text):
+    """{(adapter, task, split): (metrics, score)} of a printed table."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert cells[0] == ["adapter", "task", "split", "metrics", "score"]
+    return {tuple(row[:3]): tuple(row[3:]) for row in cells[1:]}
+
+
+def write_rows(folder, rows, split):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def refused(arguments, capsys):
+    """The one line that a command says, which writes nothing else and ends with status 2."""
+    assert evaluate.main([str(x) for x in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("evaluate.py: ") and err.count("\n") == 1 and len(err) < 1000
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table's numbers
+
+
+@pytest.mark.parametrize("method", ["head", "single", "pcgrad", "ortho"])
+def test_it_gives_the_tables_numbers_and_needs_no_flags(finished, capsys, method):
+    out, results = finished
+    assert evaluate.main([str(out / method / "seed1")]) is None
+    rows = rows_of(capsys.readouterr().out)
+    expected = results["methods"][method]["1"]["tasks"]
+    split = {"sst2": "validation", "mnli": "validation_matched", "stsb": "validation"}
+    assert rows.keys() == {(task, task, split[task]) for task in expected}
+    for task, scores in expected.items():
+        metrics, points = rows[task, task, split[task]]
+        assert points == f"{scores['score']:.1f}"
+        assert metrics == ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
+
+
+def test_merged_adapters(finished_lori, capsys):
+    out, results = finished_lori
+    for method in ("lori-s", "lora-merged", "lori-s-merged"):
+        assert evaluate.main([str(out / method / "seed0")]) is None
+        rows = rows_of(capsys.readouterr().out)
+        for task, split in (("sst2", "validation"), ("mnli", "validation_matched")):
+            assert rows[task, task, split][1] == f"{results['methods'][method]['0']['tasks'][task]['score']:.1f}"
+
+
+def test_one_adapter_alone(finished, capsys):
+    out, results = finished
+    assert evaluate.main([str(out / "ortho/seed0/sst2"), "--device", "cpu"]) is None
+    ((key, (_, points)),) = rows_of(capsys.readouterr().out).items()
+    assert key == ("sst2", "sst2", "validation")
+    assert points == f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}"
+
+
+def test_peft_gives_the_tables_numbers(finished, demo):
+    out, results = finished
+    base = AutoModelForSequenceClassification.from_pretrained(demo / "model", num_labels=3)
+    model = PeftModel.from_pretrained(base, str(out / "ortho/seed0/mnli")).eval()
+    examples = load_task("mnli", demo / "glue", "validation")
+    encoded = encode(load_tokenizer(demo / "model"), examples.texts, 32)
+    with torch.inference_mode():
+        predictions = [
+            model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).logits.argmax().item()
+            for ids, types in encoded
+        ]
+    assert score("mnli", predictions, examples.labels) == results["methods"]["ortho"]["0"]["tasks"]["mnli"]
+
+
+def test_flags_say_otherwise(finished, demo, tmp_path, capsys):
+    """Another model, other data, fewer tokens: by what they are given as, not by what the adapter says."""
+    folder, texts = finished[0] / "ortho/seed0/sst2", [f"the {x} dog" for x in ("kind", "cruel", "bold", "harsh")]
+    encoder, tokenizer = load_encoder(demo / "model", quiet=True), load_tokenizer(demo / "model")
+    model = evaluate.load_tuned(encoder, folder, "sst2")
+    labels = evaluate.predict(model, "sst2", encode(tokenizer, [(text,) for text in texts], 128))
+    write_rows(
+        tmp_path / "glue/sst2",
+        [{"sentence": t, "label": int(x)} for t, x in zip(texts, labels, strict=True)],
+        "validation",
+    )
+    assert evaluate.main([str(folder), "--glue", str(tmp_path / "glue")]) is None
+    assert rows_of(capsys.readouterr().out)["sst2", "sst2", "validation"] == ("accuracy 1.0000", "100.0")
+
+    for name in ("adapter", "model"):
+        shutil.copytree({"adapter": folder, "model": demo / "model"}[name], tmp_path / name)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "gone"}))
+    flags = ["--model", str(tmp_path / "model"), "--glue", str(tmp_path / "glue")]
+    assert evaluate.main([str(tmp_path / "adapter"), *flags]) is None
+    assert rows_of(capsys.readouterr().out)["adapter", "sst2", "validation"][1] == "100.0"
+    assert "--max-length 4: " in refused([tmp_path / "adapter", *flags, "--max-length", 4], capsys)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
+def test_predict_is_the_unmerged_model_one_by_one(finished, demo):
+    """Batches by length and a merge into the weights change no class and no score."""
+    encoder, tokenizer = load_encoder(demo / "model", quiet=True), load_tokenizer(demo / "model")
+    for task in ("mnli", "stsb"):
+        model = evaluate.load_tuned(encoder, finished[0] / "ortho/seed0" / task, task).eval()
+        encoded = encode(tokenizer, load_task(task, demo / "glue", "train").texts, 32)
+        with torch.inference_mode():
+            logits = torch.cat([model(task, torch.tensor([a]), None, torch.tensor([b])) for a, b in encoded])
+        found = evaluate.predict(model, task, encoded)
+        if task == "mnli":
+            assert found.dtype == np.int64 and found.tolist() == logits.argmax(1).tolist()
+        else:
+            np.testing.assert_allclose(found, logits.squeeze(1), rtol=1e-4, atol=1e-5)
+
+
+def test_submission(finished, tmp_path, capsys):
+    """Test splits as the leaderboard wants them. That they have labels here, as MRPC's have, shows nowhere."""
+    glue, out = tmp_path / "glue", finished[0]
+    texts = ["a kind dog", "the cruel doctor slept", "a car"]
+    for split, extra in (("validation", []), ("test", ["the hat"])):
+        rows = [{"idx": i, "sentence": text, "label": 1} for i, text in enumerate(texts + extra)]
+        write_rows(glue / "sst2", rows, split)
+    flags = ["--glue", str(glue), "--submit", str(tmp_path / "submission")]
+    assert evaluate.main([str(out / "ortho/seed0/sst2"), *flags]) is None
+    said = capsys.readouterr().out
+    assert list(rows_of(said)) == [("sst2", "sst2", "validation")]
+    assert f"wrote {tmp_path / 'submission/SST-2.tsv'}" in said
+    (written,) = (tmp_path / "submission").iterdir()
+    lines = written.read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2", "3"]
+    assert all(line.split("\t")[1] in ("0", "1") for line in lines[1:])
+
+
+@pytest.mark.parametrize("ax", [True, False])
+def test_submission_of_mnli(finished, tmp_path, capsys, ax):
+    """Both of its test splits under their names, and the diagnostic set where there is one; its scores need no ax."""
+    glue, out = tmp_path / "glue", finished[0]
+    rows = [
+        {"idx": i, "premise": "the dog slept .", "hypothesis": f"the {x} slept .", "label": 0}
+        for i, x in enumerate("ab")
+    ]
+    for split in ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched"):
+        write_rows(glue / "mnli", rows, split)
+    if ax:
+        write_rows(glue / "ax", [row | {"label": -1} for row in rows], "test")
+    flags = ["--glue", str(glue), "--submit", str(tmp_path / "submission")]
+    assert evaluate.main([str(out / "ortho/seed0/mnli"), *flags]) is None
+    assert list(rows_of(capsys.readouterr().out)) == [
+        ("mnli", "mnli", "validation_matched"),
+        ("mnli", "mnli", "validation_mismatched"),
+    ]
+    written = {path.name: path.read_text() for path in (tmp_path / "submission").iterdir()}
+    assert written.keys() == {"MNLI-m.tsv", "MNLI-mm.tsv"} | ({"AX.tsv"} if ax else set())
+    for text in written.values():
+        assert re.fullmatch("index\tprediction\n(?:[01]\t(?:entailment|neutral|contradiction)\n){2}", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one clear line
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"base_model_name_or_path": None}, "give it with --model"),
+        ({"base_model_name_or_path": "nobody/../x/y"}, "there is no model folder"),
+        ({"max_length": "9" * 5000}, "--max-length '999"),
+        ({"max_length": "4"}, "takes 8 to"),
+        ({"max_length": "many"}, "--max-length 'many' is no number of tokens"),
+        ({"task": "sst3"}, "does not say its task"),
+        ({"task": "mnli"}, "classifier.weight is (2, 64), mnli needs (3, 64)"),
+        ({"glue": "./nowhere"}, "there is no GLUE folder ./nowhere"),
+        ({"r": 0}, "adapter has r=0"),
+    ],
+)
+def test_a_strangers_adapter(finished, tmp_path, capsys, change, says):
+    folder = shutil.copytree(finished[0] / "ortho/seed0/sst2", tmp_path / "adapter")
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    metadata = read_header(weights)[1]
+    if change.keys() <= metadata.keys():
+        write_safetensors(weights, read_safetensors(weights), metadata | change)
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert says in refused([folder], capsys)
+
+
+def test_an_adapter_that_does_not_say_its_task(finished, demo, tmp_path, capsys):
+    """As peft's own don't: it is given with --tasks, for one adapter alone."""
+    out, results = finished
+    for task in ("sst2", "mnli"):
+        folder = shutil.copytree(out / "ortho/seed0" / task, tmp_path / "both" / task)
+        tensors = read_safetensors(folder / "adapter_model.safetensors")
+        write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    flags = ["--tasks", "sst2", "--glue", demo / "glue", "--max-length", 32]
+    assert "does not say its task; score it alone, with --tasks" in refused([tmp_path / "both", *flags], capsys)
+    assert evaluate.main([str(x) for x in (tmp_path / "both/sst2", *flags)]) is None
+    (row,) = rows_of(capsys.readouterr().out).values()
+    assert row[1] == f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}"
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["nowhere"], "nowhere: no adapter_config.json there, nor in a folder inside it"),
+        (["OUT/ortho/seed0/sst2", "--device", "cuda:99"], "--device cuda:99: "),
+        (["OUT/ortho/seed0/sst2", "--device", "nothing"], "--device nothing: "),
+        (["OUT/ortho/seed0/sst2", "--model", "./nowhere"], "there is no model folder ./nowhere"),
+        (["OUT/ortho/seed0/sst2", "--tasks", "sst3"], "does not say its task"),
+        (["OUT/ortho/seed0/sst2", "--submit", "submission"], "no split 'test'"),
+        (["OUT"], "no adapter_config.json there"),
+    ],
+)
+def test_bad_arguments(finished, capsys, arguments, says):
+    assert says in refused([x.replace("OUT", str(finished[0])) for x in arguments], capsys)
+
+
+def test_no_such_flag_is_argparse(capsys):
+    for arguments in ([], ["out", "--learning-rate", "1"], ["out", "--max-length", "many"]):
+        with pytest.raises(SystemExit) as e:
+            evaluate.main(arguments)
+        assert e.value.code == 2 and "usage: evaluate.py" in capsys.readouterr().err
