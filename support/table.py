@@ -28,7 +28,8 @@ def share_of_pairs(x):
 def statistics(watch, block_names):
     """A `Watch`'s sums -> means over the steps: by block [conflict rate, cosine, removed norm], by task pair the rate.
 
-    fifths: over each fifth of the training the rate, each task's effective weight, and its gradient's norm.
+    fifths: over each fifth of the training the rate, each task's effective weight, and its gradient's norm; of fewer
+    than 5 steps, each is one.
     """
     rate, cosine, removed = [x.double().cpu() / watch.steps for x in watch.sums]
     columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
@@ -39,8 +40,9 @@ def statistics(watch, block_names):
         if i < j
     }
     counts = np.bincount(np.arange(watch.steps) * FIFTHS // watch.steps, minlength=FIFTHS)
-    fifths = (watch.fifths.double().cpu().numpy() / np.maximum(counts, 1)[:, None]).round(6)  # (5, 1 + 2 T)
-    effective, norms = fifths[:, 1:].T.reshape(2, len(watch.tasks), FIFTHS).tolist()
+    there = counts > 0
+    fifths = (watch.fifths.double().cpu().numpy()[there] / counts[there, None]).round(6)  # (5, 1 + 2 T)
+    effective, norms = fifths[:, 1:].T.reshape(2, len(watch.tasks), len(fifths)).tolist()
     return {
         "rate": round(columns[0].mean().item(), 6),
         "cosine": round(columns[1].mean().item(), 6),
@@ -223,13 +225,14 @@ def merges(results, methods):
 
 def differences(timings):
     """A line where the units were not made by the same code on the same machine; nothing where they were."""
-    units = {m: [t for seeds in timings[m].values() for part in seeds for t in [part]] for m in timings}
-    flat = {m: {(t["source"], t["hardware"]) for t in found} for m, found in units.items()}
-    kinds = sorted(set().union(*flat.values())) if flat else []
+    kinds = {}  # {(code, machine): the methods with a unit made by it}
+    for method, seeds in timings.items():
+        for unit in (unit for units in seeds.values() for unit in units):
+            kinds.setdefault((unit["source"], unit["hardware"]), {})[method] = True
     if len(kinds) < 2:
         return ""
-    parts = [f"{', '.join(m for m in flat if kind in flat[m])}: code {kind[0]}, {kind[1]}" for kind in kinds]
-    return "NOTE: not all trainings are by the same code on the same machine. " + "; ".join(parts) + "."
+    parts = [f"{', '.join(methods)}: code {code}, {machine}" for (code, machine), methods in sorted(kinds.items())]
+    return "NOTICE: not all trainings are by the same code on the same machine. " + "; ".join(parts) + "."
 
 
 def report(results, timings, about):
