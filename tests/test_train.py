@@ -43,9 +43,9 @@ def files_of(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
-def log_of(out, method, seed=0):
-    """The lines of a unit's log: what is logged with a loss, and what with scores."""
-    lines = [json.loads(line) for line in (out / method / f"seed{seed}/log.jsonl").read_text().splitlines()]
+def log_of(folder):
+    """A unit's log: the lines with losses, and those with scores."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], [line for line in lines if "scores" in line]
 
 
@@ -101,7 +101,7 @@ def test_fifths_are_what_was_logged(finished):
     # Five steps, each logged: a fifth of the training is one step.
     out, results = finished
     for method in ("pcgrad", "ortho"):
-        fifths, (logged, _) = results["methods"][method]["1"]["conflicts"]["fifths"], log_of(out, method, 1)
+        fifths, (logged, _) = results["methods"][method]["1"]["conflicts"]["fifths"], log_of(out / method / "seed1")
         assert [line["step"] for line in logged] == [0, 1, 2, 3, 4]
         assert fifths["rate"] == pytest.approx([line["conflict_rate"] for line in logged], abs=1e-6)
         assert all(0 <= rate <= 1 for rate in fifths["rate"])
@@ -111,17 +111,17 @@ def test_fifths_are_what_was_logged(finished):
 
 
 def test_a_projection_gives_no_task_a_weight_below_one(finished, run, tmp_path):
-    logged, _ = log_of(finished[0], "ortho")
+    logged, _ = log_of(finished[0] / "ortho/seed0")
     weights = [w for line in logged for w in line["effective"].values()]
     assert min(weights) >= 1 - 1e-6 and max(weights) > 1.01
     # Balanced, joint's rows add up as they are scaled: nobody meets anybody.
     assert run("--tasks sst2,mnli,stsb --methods joint --balance --steps 3")[0] == 0
-    logged, _ = log_of(tmp_path / "out", "joint")
+    logged, _ = log_of(tmp_path / "out/joint/seed0")
     assert len(logged) == 3 and all(set(line["effective"].values()) == {1.0} for line in logged)
 
 
 def test_log(finished):
-    logged, scores = log_of(finished[0], "joint")
+    logged, scores = log_of(finished[0] / "joint/seed0")
     assert not scores and all(line.keys() == {"step", "lr", "grad_norm", "loss"} for line in logged)
     s = train.Settings(steps=5, lr=5e-3)
     assert [line["lr"] for line in logged] == pytest.approx([s.lr * train.lr_at(step, s) for step in range(5)])
@@ -155,8 +155,8 @@ def test_methods_start_from_the_same_numbers_and_differ_after(finished):
     assert torch.equal(joint[name], other[name]) and joint["base_model.model.classifier.weight"].shape[0] == 2
     A = name.replace("lora_B", "lora_A")
     assert torch.equal(head[A], load("head", 0, "mnli")[A]) and not torch.equal(head[A], load("head", 1, "sst2")[A])
-    first = [log_of(out, method)[0][0]["loss"] for method in ("head", "joint", "pcgrad", "ortho")]
-    first.append({t: json.loads(open(out / f"single/seed0/{t}/log.jsonl").readline())["loss"][t] for t in first[0]})
+    first = [log_of(out / method / "seed0")[0][0]["loss"] for method in ("head", "joint", "pcgrad", "ortho")]
+    first.append({task: log_of(out / "single/seed0" / task)[0][0]["loss"][task] for task in first[0]})
     assert all(losses == first[0] for losses in first)
 
 
@@ -381,8 +381,8 @@ def test_learning_rate_schedule():
 def assert_same_run(one, other, methods):
     for method in methods:
         for log in sorted(one.glob(f"{method}/**/log.jsonl")):
-            found = [[json.loads(line)["loss"] for line in open(path)] for path in (log, other / log.relative_to(one))]
-            ours, theirs = ([list(losses.values()) for losses in lines] for lines in found)
+            logged = [log_of(folder)[0] for folder in (log.parent, other / log.parent.relative_to(one))]
+            ours, theirs = ([list(line["loss"].values()) for line in lines] for lines in logged)
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)  # a loss near 0 is rounding
     ours, theirs = adapters(one, methods), adapters(other, methods)
     for method in methods:
@@ -496,7 +496,7 @@ def test_scores_on_the_way_change_no_byte_but_the_log(run, tmp_path):
     for method in methods:  # in float32 what is trained scores what is saved
         last = {}
         for log in sorted((tmp_path / "scored" / method).rglob("log.jsonl")):
-            scores = [line for line in map(json.loads, open(log)) if "scores" in line]
+            _, scores = log_of(log.parent)
             assert [line["step"] for line in scores] == [1, 3]
             last |= scores[-1]["scores"]
         assert last == {task: found["score"] for task, found in results[method]["0"]["tasks"].items()}
@@ -527,7 +527,7 @@ def test_odd_sentences_and_one_class(run, tmp_path, labels):
     assert run(flags, glue=tmp_path / "glue")[0] == 0
     assert results_of(tmp_path / "out")["majority"]["sst2"]["accuracy"] == max(np.mean(labels), 1 - np.mean(labels))
     for method in ("joint", "ortho"):
-        assert np.isfinite([line["loss"]["sst2"] for line in log_of(tmp_path / "out", method)[0]]).all()
+        assert np.isfinite([line["loss"]["sst2"] for line in log_of(tmp_path / "out" / method / "seed0")[0]]).all()
 
 
 def test_one_example(run, tmp_path):
