@@ -540,7 +540,7 @@ def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, r
     text = json.dumps(settings, indent=1) + "\n"
     folder = Path(folder or f"runs/toy-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).exists() or (folder / MARKER).read_text() != text:
+        if not (folder / MARKER).exists() or (folder / MARKER).read_bytes() != text.encode():
             raise BadInput(f"{folder} holds something else than this toy; choose another folder, or remove it")
         return folder
     tasks = make_tasks(random.Random(f"tasks {seed}"), conflict, (rows, max(rows // 5, 1)))
