@@ -1,17 +1,22 @@
 """toy.py: the labels follow from the grammar, the files are ordinary GLUE and ordinary BERT, and a seed is a seed."""
 
+import hashlib
+import json
 import math
 import random
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import one_line
 
 import glue
 from model import load_encoder
 from support import toy
-from support.checkpoint import read_safetensors
+from support.checkpoint import BadInput, read_safetensors
 
 TINY = {"steps": 5, "rows": 64, "quiet": True}
 
@@ -291,29 +296,62 @@ def test_no_global_random_state_is_used_or_changed(demo, tmp_path):
     assert np.random.get_state()[1].tolist() == before[2] and contents(tmp_path) == contents(demo)
 
 
-def test_a_finished_folder_is_reused_and_any_other_made_anew(demo, tmp_path, monkeypatch):
-    folder = toy.make_demo(tmp_path, **TINY)
-    weights, marker = folder / "model" / "model.safetensors", folder / toy.MARKER
-    stamp = weights.stat().st_mtime_ns
-    toy.make_demo(folder, **TINY)
-    assert weights.stat().st_mtime_ns == stamp
+def test_a_finished_folder_is_kept(demo, monkeypatch):
+    before, stamp = contents(demo), (demo / "model/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(toy, "pretrain", None)  # would be called
+    assert toy.make_demo(demo, **TINY) == demo
+    assert contents(demo) == before and (demo / "model/model.safetensors").stat().st_mtime_ns == stamp
 
-    before = glue.load_task("mrpc", folder / "glue").texts
-    toy.make_demo(folder, conflict=1.0, **TINY)  # other settings: everything is new, and no cache brings back the old
-    assert weights.stat().st_mtime_ns != stamp and glue.load_task("mrpc", folder / "glue").texts != before
 
+@pytest.mark.parametrize("how", ["another seed", "another version", "damaged", "no toy"])
+def test_a_folder_of_something_else_is_refused(demo, tmp_path, how):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if how == "no toy":
+        (folder / "thesis.tex").write_text("years of work")
+    else:
+        marker = json.loads((demo / toy.MARKER).read_text())
+        marker |= {"another seed": {"seed": 1}, "another version": {"source": "0"}, "damaged": {}}[how]
+        text = json.dumps(marker, indent=1).encode() + b"\n"
+        (folder / toy.MARKER).write_bytes(b"\xff" + text if how == "damaged" else text)
+    before = contents(folder)
+    with pytest.raises(BadInput) as e:
+        toy.make_demo(folder, **TINY)
+    assert one_line(e) == f"{folder} holds something else than this toy; choose another folder, or remove it"
+    assert contents(folder) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def test_it_is_whole_or_not_there(demo, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as m:  # stopped halfway: no marker, so the next call begins again
+    with monkeypatch.context() as m:  # stopped halfway: nothing is left, so the next call begins again
         m.setattr(toy, "write_model", stop)
         with pytest.raises(KeyboardInterrupt):
-            toy.make_demo(folder, **TINY)
-        assert not marker.exists()
-    assert contents(toy.make_demo(folder, **TINY)) == contents(demo)
+            toy.make_demo(tmp_path / "runs/toy", **TINY)
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert contents(toy.make_demo(tmp_path / "runs/toy", **TINY)) == contents(demo)
 
-    marker.write_text("{")  # a damaged marker is no marker
-    assert contents(toy.make_demo(folder, **TINY)) == contents(demo)
+
+def test_of_two_at_once_the_first_one_stays(demo, tmp_path, monkeypatch):
+    honest = toy.write_model
+
+    def slow(folder, *rest):  # while this one is at it, another one is done
+        honest(folder, *rest)
+        shutil.copytree(demo, tmp_path / "toy")
+
+    monkeypatch.setattr(toy, "write_model", slow)
+    assert toy.make_demo(tmp_path / "toy", **TINY) == tmp_path / "toy"
+    assert contents(tmp_path / "toy") == contents(demo) and list(tmp_path.iterdir()) == [tmp_path / "toy"]
+
+
+def test_by_default_the_folder_is_named_after_what_is_in_it(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [toy.make_demo(**TINY), toy.make_demo(**TINY), toy.make_demo(seed=1, **TINY)]
+    assert folders[0] == folders[1] != folders[2]
+    digest = hashlib.sha256((folders[0] / toy.MARKER).read_bytes()).hexdigest()
+    assert str(folders[0]) == f"runs/toy-{digest[:8]}" and contents(folders[0]) == contents(demo)
+    assert sorted(Path("runs").iterdir()) == sorted(folders[1:])
 
 
 def test_a_wrong_conflict_touches_nothing(tmp_path):
@@ -330,3 +368,16 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert made["args"] == (tmp_path, 3, 1.0) and all(f"\n{task}\n" in out for task in toy.DRAW)
     assert len(out.splitlines()) == 4 + 4 + 3 + 3 * 3 * 2  # heads, blank lines, sst2's rows, three tasks of pairs
+
+
+@pytest.mark.parametrize(
+    "arguments, says", [(["new", "--conflict", "2"], "[0, 1]"), (["."], "holds something else"), (["file"], "file")]
+)
+def test_bad_command_line(tmp_path, monkeypatch, capsys, arguments, says):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["toy.py", *arguments])
+    assert toy.main() == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("support.toy: ") and err.count("\n") == 1 and says in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
