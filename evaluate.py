@@ -111,7 +111,7 @@ def described(folder, args, alone):
 def load_base(name, revision):
     """(encoder, tokenizer) of a base model; the last one is kept, since a folder's adapters mostly share theirs."""
     folder = find_checkpoint(name, revision)
-    return load_encoder(folder, quiet=True), load_tokenizer(folder)
+    return load_encoder(folder), load_tokenizer(folder)
 
 
 def evaluate(folder, about, device, submit):

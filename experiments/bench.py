@@ -314,7 +314,7 @@ MODES = {  # name -> method, how
 def bench_step(args, device):
     """A whole step in every mode, against the faster of the two joint steps; and against the peers' joint step."""
     folder = find_checkpoint(args.model)
-    encoder = in_dtype(load_encoder(folder, quiet=True), args, device)
+    encoder = in_dtype(load_encoder(folder), args, device)
     steps = {name: Step(method, how, args, device, encoder) for name, (method, how) in MODES.items()}
     if not args.no_peers and installed("transformers", "peft") and encoder.config.model_type != "distilbert":
         for attention in ("sdpa", "eager"):
@@ -363,7 +363,7 @@ def peak_of(run, device, prepare=None):
 
 def peak_of_step(args, device):
     """In this process, for --mode alone: the peak of the third step, beyond what stands between steps."""
-    step = Step(*MODES[args.mode], args, device, in_dtype(load_encoder(args.model, quiet=True), args, device))
+    step = Step(*MODES[args.mode], args, device, in_dtype(load_encoder(args.model), args, device))
     step(), step()
     step.optimizer.zero_grad()
     return peak_of(step, device)
@@ -377,7 +377,7 @@ def bench_memory(args, device):
         if done.returncode:
             sys.exit(done.stderr)
         peaks[mode] = int(done.stdout.split()[-1])
-    step = Step("ortho", "loop", args, device, in_dtype(load_encoder(args.model, quiet=True), args, device))
+    step = Step("ortho", "loop", args, device, in_dtype(load_encoder(args.model), args, device))
     TP = step.ortho.rows.nbytes  # these stand between steps, too
     rows = [["step", "peak beyond the weights", "beyond joint", "in rows of T · P floats", "against joint"]]
     for mode, peak in peaks.items():
@@ -430,7 +430,7 @@ class Watched:
 
 def bench_waits(args, device):
     """The training loop as `train.py` runs it: what the profiler counts of calls that wait for the device."""
-    encoder = in_dtype(load_encoder(args.model, quiet=True), args, device)
+    encoder = in_dtype(load_encoder(args.model), args, device)
     rows, results = [["method", "steps", *WAITS]], []
     for method, how in MODES.values():
         step, watched = Step(method, how, args, device, encoder), Watched(device)
@@ -457,7 +457,7 @@ def bench_waits(args, device):
 def bench_padding(args, device):
     """Joint steps on real tasks, with batches of alike lengths and with plain shuffling: padding, tokens per second."""
     folder = find_checkpoint(args.model)
-    tokenizer, encoder = glue.load_tokenizer(folder), in_dtype(load_encoder(folder, quiet=True), args, device)
+    tokenizer, encoder = glue.load_tokenizer(folder), in_dtype(load_encoder(folder), args, device)
     base = train.Settings(batch_size=args.batch_size, per_task="loop")
     names = args.tasks_named.split(",")
     tasks = [glue.load_data(name, args.glue, tokenizer, encoder.config, args.length) for name in names]

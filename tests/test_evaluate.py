@@ -88,7 +88,7 @@ def test_peft_gives_the_tables_numbers(finished, demo):
 def test_flags_say_otherwise(finished, demo, tmp_path, capsys):
     """Another model, other data, fewer tokens: by what they are given as, not by what the adapter says."""
     folder, texts = finished[0] / "ortho/seed0/sst2", [f"the {x} dog" for x in ("kind", "cruel", "bold", "harsh")]
-    encoder, tokenizer = load_encoder(demo / "model", quiet=True), load_tokenizer(demo / "model")
+    encoder, tokenizer = load_encoder(demo / "model"), load_tokenizer(demo / "model")
     model = evaluate.load_tuned(encoder, folder, "sst2")
     labels = evaluate.predict(model, "sst2", encode(tokenizer, [(text,) for text in texts], 128))
     write_rows(
@@ -115,7 +115,7 @@ def test_flags_say_otherwise(finished, demo, tmp_path, capsys):
 
 def test_predict_is_the_unmerged_model_one_by_one(finished, demo):
     """Batches by length and a merge into the weights change no class and no score."""
-    encoder, tokenizer = load_encoder(demo / "model", quiet=True), load_tokenizer(demo / "model")
+    encoder, tokenizer = load_encoder(demo / "model"), load_tokenizer(demo / "model")
     for task in ("mnli", "stsb"):
         model = evaluate.load_tuned(encoder, finished[0] / "ortho/seed0" / task, task).eval()
         encoded = encode(tokenizer, load_task(task, demo / "glue", "train").texts, 32)

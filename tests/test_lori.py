@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as hf
+from checkpoint import MASKS, BadInput, load_masks, read_header, read_safetensors, save_masks, write_safetensors
 from tiny import batch, make, one_line, run, tiny
 from torch import nn
 
-from checkpoint import MASKS, BadInput, load_masks, read_header, read_safetensors, save_masks, write_safetensors
 from lora import LoRALinear, add_lora, lora_layers, lora_parameters, peft_adapter
 from lori import (
     MaskedB,

@@ -207,7 +207,7 @@ def test_transformers_loads_the_checkpoint_and_computes_the_same(demo):
 
     theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(demo / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    ours, tokenizer = load_encoder(demo / "model", quiet=True), glue.load_tokenizer(demo / "model")
+    ours, tokenizer = load_encoder(demo / "model"), glue.load_tokenizer(demo / "model")
     corpus = toy.make_corpus(random.Random(1), 8)
     ids, mask, types, _ = toy.encode(tokenizer, corpus)
     with torch.no_grad():
