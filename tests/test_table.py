@@ -23,9 +23,10 @@ from support import runs, table
 def seen(conflicts, cosines, removed, rate, effective, norms):
     """What a step's projection saw, two tasks."""
     pairs = [torch.tensor([[[0.0, x], [x, 0.0]] for x in values]) for values in (conflicts, cosines)]
-    rest = [torch.tensor(x) for x in (removed, rate, effective, norms)]
+    sizes = [[x * x / 2 for x in norms]] * 2  # of two blocks
+    rest = [torch.tensor(x) for x in (removed, rate, effective, sizes)]
     return SimpleNamespace(
-        **dict(zip(("conflicts", "cosines", "removed", "rate", "effective", "norms"), pairs + rest, strict=True))
+        **dict(zip(("conflicts", "cosines", "removed", "rate", "effective", "sizes"), pairs + rest, strict=True))
     )
 
 
