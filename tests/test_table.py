@@ -198,8 +198,8 @@ def test_gap_recovered_by_hand():
     assert table.gap_recovered(single, joint, [75.0, 78.0, 76.0]) == "53 ± 6 %"  # gains 5, 6, 5: 5.33 ± 0.58
     assert table.gap_recovered(single[:1], joint[:1], [75.0]) == "+5.0 of +10.0 points (one seed)"
     assert table.gap_recovered(single[:2], joint[:2], [75.0, 77.0]) == "+5.0 of +10.0 points (two seeds)"
-    # Gaps 3, -1, 1: mean 1, standard error 2 / sqrt 3 = 1.15, twice which is more than 1.
-    assert table.gap_recovered([73.0, 71.0, 72.0], joint, joint) == "+0.0 of +1.0 points (no gap to recover)"
+    # Gaps 3, 0, 1.5: mean 1.5, standard error 1.5 / sqrt 3 = 0.87, twice which is more than 1.5.
+    assert table.gap_recovered([73.0, 72.0, 72.5], joint, joint) == "+0.0 of +1.5 points (no gap to recover)"
     assert table.gap_recovered(joint, single, joint) == "-10.0 of -10.0 points (no gap to recover)"
 
 
