@@ -325,24 +325,34 @@ class Enough(Exception):
     pass
 
 
-@pytest.mark.parametrize("how", ["loop", "stacked"])
-@pytest.mark.parametrize("method, more", [("joint", {}), ("ortho", {}), ("joint", {"balance": True})])
-def test_no_step_waits_for_the_device(settings, monkeypatch, method, more, how):
-    """On torch's meta device there are no numbers: whatever the host would wait for raises.
+def ten_steps(monkeypatch, method, s):
+    """Ten steps of `train.train` on torch's meta device, where there are no numbers: what the host waits for raises.
 
-    From the second step, since the first is logged; over ten, since of 1000 steps every twentieth is logged.
+    From the second step, since the first is logged; and of 1000 steps every twentieth is logged.
     """
-    s = settings(steps=1000, per_task=how, dropout=0.1, save_every=1e9, **more)
+    s.steps = 1000
     encoder, frozen, tasks = train.load(s)
     model = train.build(method, frozen, tasks, 0, s).to("meta")
     monkeypatch.setattr(runs, "resume", lambda *_: (1, 0.0))
     bar = mock.Mock()
     bar.update.side_effect = [None] * 10 + [Enough]  # one for the step before the first
+    unit = runs.Unit(Path("nowhere"), method, 0, ("sst2", "mnli", "stsb"))
     with pytest.raises(Enough):
-        train.train(
-            runs.Unit(Path("nowhere"), method, 0, ("sst2", "mnli", "stsb")), model, tasks, encoder, s, None, bar
-        )
+        train.train(unit, model, tasks, encoder, s, None, bar)
     assert bar.update.call_args_list == 11 * [mock.call(3)]
+
+
+@pytest.mark.parametrize("how", ["loop", "stacked"])
+@pytest.mark.parametrize("method, more", [("joint", {}), ("ortho", {}), ("joint", {"balance": True})])
+def test_no_step_waits_for_the_device(settings, monkeypatch, method, more, how):
+    ten_steps(monkeypatch, method, settings(per_task=how, dropout=0.1, save_every=1e9, **more))
+
+
+def test_a_process_that_saves_nothing_does_not_wait_to_save(settings, monkeypatch):
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(runs, "average", lambda *_: None)
+    ten_steps(monkeypatch, "ortho", settings(save_every=0.0))
 
 
 def test_a_frozen_weight_is_bf16_once_and_what_trains_is_not(settings):
