@@ -284,11 +284,16 @@ def test_same_factors_same_logits_as_peft(family, rslora):
 
 
 BAD_TARGETS = [
-    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]), ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
-    ({"targets": ["uery"]}, ["'uery'"]), ({"targets": []}, ["query"]), ({"targets": ""}, ["query"]),
-    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]), ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
-    ({"layers": []}, ["[]", "[0, 1]"]), ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
-]  # fmt: skip
+    ({"targets": ["querry"]}, ["'querry'", "query", "dense"]),
+    ({"targets": ["query", "q_proj"]}, ["'q_proj'"]),
+    ({"targets": ["uery"]}, ["'uery'"]),
+    ({"targets": []}, ["query"]),
+    ({"targets": ""}, ["query"]),
+    ({"targets": ["LayerNorm"]}, ["'LayerNorm'"]),
+    ({"layers": [0, 7]}, ["[0, 7]", "[0, 1]"]),
+    ({"layers": []}, ["[]", "[0, 1]"]),
+    ({"targets": ["pooler.dense"], "layers": [0]}, ["[0]", "[]"]),
+]
 
 
 @pytest.mark.parametrize("arguments, words", BAD_TARGETS, ids=str)
@@ -370,10 +375,18 @@ def test_blocks():
     assert [blocks(nn.Linear(2, 2), unit) for unit in units] == [[], [], []]  # nor is there one without LoRA
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["role"], "unit 'role' is now 'factor'"), (["joint"], "unit 'joint' is now 'all'"), (["layer"], "'layer'"),
-    (["tensor", "C"], "'C'"), (["all", ""], "''"), (["factor", "BA"], "'BA'"), (["tensor", ["A"]], "['A']"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["role"], "unit 'role' is now 'factor'"),
+        (["joint"], "unit 'joint' is now 'all'"),
+        (["layer"], "'layer'"),
+        (["tensor", "C"], "'C'"),
+        (["all", ""], "''"),
+        (["factor", "BA"], "'BA'"),
+        (["tensor", ["A"]], "['A']"),
+    ],
+)
 def test_blocks_refuses(arguments, words):
     with pytest.raises(ValueError) as error:
         blocks(llama(), *arguments)
