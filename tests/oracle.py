@@ -1,4 +1,4 @@
-"""What the code in docs/recipes.md should write into .grad: PCGrad in plain float64 loops, with nothing of ours in it."""
+"""What docs/recipes.md's code should write into .grad: PCGrad in plain float64 loops, with nothing of ours in it."""
 
 import copy
 import re
@@ -63,10 +63,10 @@ def distance(found, expected):
 class Step:
     """What one `project` should have written, and how far off it was. Made right after it.
 
-    model: as it is now, so at the parameters of this step. losses(model, index): every task's loss, None for one that is
-    absent. change(grads, parameters): what a recipe does to the tasks' rows. Held against gradients of the same model in
-    its own precision (`error`, and `other_error` of what is in no block), so that the projection alone is compared, and
-    against those of a copy in float64 (`error64`). `joint`: how far off the plain sum would have been.
+    model: as it is now, so at the parameters of this step. losses(model, index): every task's loss, None for one that
+    is absent. change(grads, parameters): what a recipe does to the tasks' rows. Held against gradients of the same
+    model in its own precision (`error`, and `other_error` of what is in no block), so that the projection alone is
+    compared, and, unless half, against those of a copy in float64 (`error64`). `joint`: how far off the plain sum is.
     """
 
     def __init__(self, parameters, order, index, model, losses, blocks=each_factor, change=None, half=False):

@@ -5,7 +5,7 @@ float64 loops of gradients that `torch.autograd.grad` takes of the same model, w
 largest difference over largest entry. At most 1e-6 in float32, 1e-2 in bf16; and, where the model is float32, at most
 5e-6 from gradients of a copy of it in float64, most of which is the float32 model's own rounding.
 
-GradScaler is run as `torch.amp.GradScaler("cpu")` with float16 autocast: scaling, one overflow (the step is skipped, the
+GradScaler is run as `torch.amp.GradScaler("cpu")` with float16 autocast: scaling, overflows (the step is skipped, the
 scale halved), unscaling and clipping. That it does so on a GPU is not shown here.
 """
 
