@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lora import LoRALinear, lora_layers, replace_module
+from lora import LoRALinear, lora_layers, peft_adapter, replace_module
 
 
 class BadInput(ValueError):
@@ -332,45 +332,16 @@ VARIANTS = (  # settings of peft that change what its layers compute, or which l
 )
 
 
-def short_targets(model, layers):
-    """What to write as target_modules: last names ("query") where they say it exactly, else whole paths."""
-    short = sorted({path.rpartition(".")[2] for path in layers})
-    linear = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, LoRALinear))]
-    matched = {n.removesuffix(".base") for n in linear if n.removesuffix(".base").rpartition(".")[2] in short}
-    prefix = model.encoder.config.prefix
-    return short if matched == {"encoder." + path for path in layers} else sorted(prefix + path for path in layers)
-
-
 def save_adapter(model, folder, task, base="", metadata=None):
     """Write `task`'s adapter as a folder that `peft` loads: the shared A and B of every LoRA layer and the task's head.
 
     model: a MultiTaskModel; base: what to name as the base model; metadata: {str: str} for the weight file's header.
+    Raises ValueError: no LoRA layers, or some with rslora and some without.
     """
-    prefix, layers = model.encoder.config.prefix, lora_layers(model.encoder)
-    if len({layer.rslora for layer in layers.values()}) != 1:
-        raise ValueError("save_adapter: no LoRA layers, or some with rslora and some without")
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{ROOT}{prefix}{path}.lora_A.weight"] = layer.A.detach().float()
-        tensors[f"{ROOT}{prefix}{path}.lora_B.weight"] = layer.B.detach().float()
-    head = model.heads[task].state_dict()
-    tensors |= {ROOT + name: tensor.float() for name, tensor in head.items()}
-    first = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": str(base),
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "use_rslora": first.rslora,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": short_targets(model, layers),
-        "modules_to_save": model.heads[task].saved,
-        "rank_pattern": {prefix + path: m.r for path, m in layers.items() if m.r != first.r},
-        "alpha_pattern": {prefix + path: m.alpha for path, m in layers.items() if m.alpha != first.alpha},
-    }
+    tensors, config = peft_adapter(model.encoder, model.encoder.config.prefix)
+    head = model.heads[task]
+    tensors |= {ROOT + name: tensor.float() for name, tensor in head.state_dict().items()}
+    config |= {"task_type": "SEQ_CLS", "base_model_name_or_path": str(base), "modules_to_save": head.saved}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"task": task, **(metadata or {})})
