@@ -216,6 +216,8 @@ def test_a_name_look_up_that_hangs(kind, monkeypatch, tmp_path):
         find_checkpoint("o/never")
     assert len(asked) == 2 and threading.main_thread() not in asked
     never.set()
+    for thread in set(asked):  # or it would go on asking in the next test
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", KINDS)
