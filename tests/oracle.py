@@ -42,12 +42,13 @@ def gradients(model, losses, index, dtype):
     twin = copy.deepcopy(model) if dtype is None else copy.deepcopy(model).to(dtype)
     pairs = [(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True) if p.requires_grad]
     found = []
-    for loss in losses(twin, index):
-        grads = [None] * len(pairs)
-        if loss is not None:  # the task is there
+    for parts in losses(twin, index):
+        sums = {p: torch.zeros(p.shape, dtype=torch.float64) for p, _ in pairs}
+        for loss in parts if isinstance(parts, list) else [parts]:
             grads = torch.autograd.grad(loss, [q for _, q in pairs], allow_unused=True)
-        zeros = [torch.zeros(p.shape, dtype=torch.float64) for p, _ in pairs]
-        found.append({p: z if g is None else g.double() for (p, _), z, g in zip(pairs, zeros, grads, strict=True)})
+            for (p, _), g in zip(pairs, grads, strict=True):
+                sums[p] += 0 if g is None else g.double()
+        found.append(sums)
     return found
 
 
@@ -63,10 +64,11 @@ def distance(found, expected):
 class Step:
     """What one `project` should have written, and how far off it was. Made right after it.
 
-    model: as it is now, so at the parameters of this step. losses(model, index): every task's loss, None for one that
-    is absent. change(grads, parameters): what a recipe does to the tasks' rows. Held against gradients of the same
-    model in its own precision (`error`, and `other_error` of what is in no block), so that the projection alone is
-    compared, and, unless half, against those of a copy in float64 (`error64`). `joint`: how far off the plain sum is.
+    model: as it is now, so at the parameters of this step. losses(model, index): for every task its loss, or a list of
+    losses to be added up in float64, [] for a task that is absent. change(grads, parameters): what a recipe does to the
+    tasks' rows. Held against gradients of the same model in its own precision (`error`, and `other_error` of what is in
+    no block), so that the projection alone is compared, and, unless half, against those of a copy in float64
+    (`error64`). `joint`: how far off the plain sum is.
     """
 
     def __init__(self, parameters, order, index, model, losses, blocks=each_factor, change=None, half=False):

@@ -92,7 +92,7 @@ def accelerate(patch, rank, folder):
 
     def losses(twin, k):  # seen: what this rank has been given so far, 2 micro-batches of 3 tasks a step
         found = everyone(seen[6 * k :])
-        return [sum(task_loss(twin, t, batch) for t, batch in found if t == task) / len(found) * 3 for task in range(3)]
+        return [[task_loss(twin, t, batch) * 3 / len(found) for t, batch in found if t == task] for task in range(3)]
 
     g = torch.Generator().manual_seed(0)
     items = [[(torch.randint(50, (6,), generator=g), k // 2**t % 2) for t in range(3)] for k in range(96)]
@@ -120,7 +120,7 @@ def fsdp2(patch, rank, folder):
 
     def losses(twin, k):
         micro_batches = [micro for share in shares for micro in share[k]]
-        return [sum(twin(**micro[t]).loss for micro in micro_batches) / 4 for t in range(3)]
+        return [[twin(**micro[t]).loss / 4 for micro in micro_batches] for t in range(3)]
 
     names = {"model": model, "data": Data(shares[rank], lambda: nn.ParameterList(names["factors"]))}
     steps = oracle.watch(patch, **beside(whole, lora.lora_parameters(whole), names), losses=losses, half=True)
@@ -163,8 +163,7 @@ def trl(patch, rank, folder):
         return original(self, model, inputs, *others, **named)
 
     def losses(twin, k):
-        found = [[twin(**batch).loss for step, task, batch in seen if (step, task) == (k, t)] for t in range(2)]
-        return [sum(of_task) / 2 if of_task else None for of_task in found]
+        return [[twin(**batch).loss / 2 for step, task, batch in seen if (step, task) == (k, t)] for t in range(2)]
 
     names = {"model": model, "first": texts(3, 26), "second": texts(26, 50)}
     names["config"] = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -138,7 +138,7 @@ def test_accumulation(monkeypatch):
     world = World(list(zip(examples(5, 0), examples(5, 1), strict=True)))
 
     def losses(model, k):
-        return [sum(world.loss(model, t, batches[t]) for batches in world.steps[k]) / 2 for t in range(T)]
+        return [[world.loss(model, t, batches[t]) / 2 for batches in world.steps[k]] for t in range(T)]
 
     assert right(world.run("Gradient accumulation", monkeypatch, losses=losses))
 
@@ -180,8 +180,12 @@ def test_grad_scaler_and_clipping(monkeypatch):
     assert world.names["scaler"].get_scale() == 2.0 ** (16 - len(skipped))
 
 
-def test_one_pass_for_all_tasks(monkeypatch):
-    assert right(World().run("One pass for all tasks", monkeypatch))
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 1, 3)])
+def test_one_pass_for_all_tasks(monkeypatch, sizes):
+    world = World()
+    for batches in world.steps:
+        batches[:] = [(ids[:n], y[:n]) for (ids, y), n in zip(batches, sizes, strict=True)]
+    assert right(world.run("One pass for all tasks", monkeypatch))
 
 
 METHODS = {
@@ -199,10 +203,9 @@ def test_any_peft_method(monkeypatch, method):
     half = model.dtype == torch.bfloat16
     if half:  # peft's own default is a float32 adapter, whatever the base is
         monkeypatch.setattr(peft, "get_peft_model", partial(peft.get_peft_model, autocast_adapter_dtype=False))
-    world, tasks = World(examples(5)), 2
+    world = World()
     label = {True: lambda ids, _: ids, False: lambda _, labels: labels}[method == "prefix"]
     for batches in world.steps:
-        del batches[tasks:]
         batches[:] = [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": label(x, y)} for x, y in batches]
     world.names |= {"model": model, "config": config, "data": Data(world.steps, lambda: world.names["model"])}
 
@@ -296,7 +299,7 @@ def test_some_of_the_tasks(monkeypatch):
     world.names["data"] = Data(world.steps, lambda: world.model)
 
     def losses(model, k):
-        return [world.loss(model, t, world.steps[k][t]) if t in world.steps[k] else None for t in range(T)]
+        return [world.loss(model, t, world.steps[k][t]) if t in world.steps[k] else [] for t in range(T)]
 
     assert right(world.run("Only some tasks in a step", monkeypatch, losses=losses))
 
@@ -384,6 +387,66 @@ def test_lori(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What would train something else without a word, and is refused at the first step
+
+
+def another_model(names):
+    torch.manual_seed(1)
+    names["model"] = peft.get_peft_model(bert(), names["config"])
+
+
+def another_adapter(names):
+    names["model"].add_adapter("second", names["config"])
+    names["model"].set_adapter("second")
+
+
+def other_parameters(names):  # as fully_shard makes them
+    for module in names["model"].modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+
+
+@pytest.mark.parametrize("change", [another_model, another_adapter, other_parameters])
+def test_ortho_made_too_early(change):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    names = {"model": peft.get_peft_model(bert(), config), "config": config}
+    ortho = ortholora.OrthoLoRA(oracle.each_factor(names["model"]), num_tasks=T)
+    change(names)
+    ids, labels = examples(1)[0][0]
+    names["model"](input_ids=ids, labels=labels).loss.backward()
+    with pytest.raises(RuntimeError, match="no parameter in blocks has a .grad; .* that the model has now"):
+        ortho.collect(0)
+
+
+def test_gradients_that_collect_does_not_see():
+    world = World()
+    lora.add_lora(world.encoder)
+    ortho = ortholora.OrthoLoRA(lora.blocks(world.encoder), num_tasks=T)
+    losses = [world.loss(world.model, t, batch) for t, batch in enumerate(world.steps[0])]
+    torch.autograd.grad(losses[0], lora.lora_parameters(world.encoder), retain_graph=True)
+    with pytest.raises(RuntimeError, match="collect right after each task's backward"):
+        ortho.collect(0)
+    sum(losses).backward()  # every backward first, then every collect
+    ortho.collect(0)
+    with pytest.raises(RuntimeError, match="collect right after each task's backward"):
+        ortho.collect(1)
+
+
+def test_project_after_every_micro_batch():
+    """As with gradient_accumulation_steps=2, where neither the optimizer nor zero_grad runs in between."""
+    world = World()
+    lora.add_lora(world.encoder)
+    ortho = ortholora.OrthoLoRA(lora.blocks(world.encoder), num_tasks=1)
+    for batches in world.steps[:2]:
+        world.loss(world.model, 0, batches[0]).backward()
+        if batches is world.steps[0]:
+            ortho.collect(0)
+            ortho.project()
+    with pytest.raises(RuntimeError, match="when accumulating, project once, after the last micro-batch"):
+        ortho.collect(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # torch.distributed and the Trainer: one process here, two in `two_processes`
 
 
@@ -402,8 +465,8 @@ def distributed(monkeypatch, rank, world_size, steps, dropout=0.0):
         return world.loss(world.model, t, batch)
 
     def losses(model, k):  # the mean over ranks
-        found = [[world.loss(model, t, share[k][t]) for share in shares if share[k][t] is not None] for t in range(T)]
-        return [sum(of_task) / world_size if of_task else None for of_task in found]
+        there = [[share[k][t] for share in shares if share[k][t] is not None] for t in range(T)]
+        return [[world.loss(model, t, batch) / world_size for batch in there[t]] for t in range(T)]
 
     world.names |= {"loss": loss, "data": Data(shares[rank], lambda: world.model)}
     with monkeypatch.context() as patch:
@@ -423,8 +486,8 @@ def trainer(monkeypatch, folder, world_size, accumulation, steps, dropout=0.0):
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.1, generator=g)
-    item = lambda t: {"input_ids": torch.randint(50, (6,), generator=g).tolist(), "labels": t}  # noqa: E731
-    dataset = [[item(k % 2), item((k + k // 2) % 2)] for k in range(64)]
+    item = lambda y: {"input_ids": torch.randint(50, (6,), generator=g).tolist(), "labels": y}  # noqa: E731
+    dataset = [[item(k // 2**t % 2) for t in range(T)] for k in range(64)]
     args = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -440,12 +503,12 @@ def trainer(monkeypatch, folder, world_size, accumulation, steps, dropout=0.0):
     )
 
     def losses(twin, k):
-        found = seen[-2 * accumulation :]  # of the optimizer's step, on this rank
+        found = seen[-T * accumulation :]  # of the optimizer's step, on this rank
         if world_size > 1:
             everyone = [None] * world_size
             dist.all_gather_object(everyone, found)
             found = sum(everyone, [])
-        return [sum(twin(**batch).loss for batch in found[t::2]) / accumulation / world_size for t in range(2)]
+        return [[twin(**batch).loss / accumulation / world_size for batch in found[t::T]] for t in range(T)]
 
     def record(module, _, batch):
         if module is model:  # not the oracle's copy
@@ -456,7 +519,7 @@ def trainer(monkeypatch, folder, world_size, accumulation, steps, dropout=0.0):
     with monkeypatch.context() as patch:
         watched = [] if dropout else oracle.watch(patch, model=lambda: model, losses=losses)
         exec(recipe("transformers.Trainer")[0], names)
-    assert len(seen) == 2 * accumulation * steps
+    assert len(seen) == T * accumulation * steps
     return watched, model
 
 
