@@ -513,6 +513,7 @@ def trainer(monkeypatch, folder, world_size, accumulation, steps, dropout=0.0):
     def record(module, _, batch):
         if module is model:  # not the oracle's copy
             seen.append({name: x.clone() for name, x in batch.items() if isinstance(x, torch.Tensor)})
+            torch.rand(1 + 2 * int(os.environ.get("RANK", 0)))  # a stray draw
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     names = {"model": model, "args": args, "dataset": dataset}
