@@ -334,7 +334,7 @@ def load_data(name, source, tokenizer, config, max_length, holdout=0, weight=1.0
 # Batches
 
 
-def batches(lengths, batch_size, seed, task, window=32, start=0):
+def rows_of_steps(lengths, batch_size, seed, task, window=32, start=0):
     """Index arrays (batch_size,), one for each training step without end, the first for step `start`.
 
     Pass after pass over all n examples, each pass a new permutation: every `window` batches' worth of it is sorted by
@@ -423,7 +423,7 @@ def batches_of_steps(tasks, seed, s, pad_id, device, start=0, rank=0, world=1):
     """
     if s.batch_size % world:
         raise ValueError(f"batch_size {s.batch_size} can't be shared out equally over {world} processes")
-    streams = [batches(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
+    streams = [rows_of_steps(data.lengths, s.batch_size, seed, data.name, s.window, start) for data in tasks]
     for drawn in zip(*streams, strict=True):
         rows = [own[rank::world] for own in drawn]  # (batch_size / world,) of each task
         if s.per_task == "stacked":

@@ -40,8 +40,8 @@ def projection_coefficients(gram, order):
     tasks i move together, so this takes T - 1 dependent steps and never looks at a number on the host.
     """
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    sizes = gram.diagonal(dim1=1, dim2=2)[:, None]  # (blocks, 1, T): |g_j|^2
-    c_g = -gram / torch.where(sizes > 0, sizes, torch.inf)  # (blocks, T, T): -<g_i, g_j> / |g_j|^2, 0 for a zero g_j
+    squares = gram.diagonal(dim1=1, dim2=2)[:, None]  # (blocks, 1, T): |g_j|^2
+    c_g = -gram / torch.where(squares > 0, squares, torch.inf)  # (blocks, T, T): -<g_i, g_j> / |g_j|^2, or 0
     c_v = c_g.clone()  # the same for v_i, which begins as g_i
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     for j in torch.as_tensor(order, dtype=torch.long, device=gram.device).unbind(1):  # (T,): whom each i meets now
@@ -102,20 +102,20 @@ class Conflicts:
     effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
     rate      ()              the share of pairs i < j in conflict, of those that both have a gradient; 0 without any
 
-    Read `finite`, or call `check`, before you trust the others. Blocks are in the caller's order.
+    Read `finite` first, or call `check`: else weights and effective may be NaN. Blocks are in the caller's order.
     """
 
     def __init__(self, gram, C, blocks):
         self.gram, self.C, self.blocks = gram, C, blocks  # <g_i, g_j>; v_i = sum_j C_ij g_j; the parameters, for names
-        self.sizes = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
-        self.finite, self.weights = self.sizes.isfinite(), C.sum(1)
+        self.squares = gram.diagonal(dim1=1, dim2=2)  # (blocks, T): |g_i|^2
+        self.finite, self.weights = self.squares.isfinite(), C.sum(1)
 
     def __repr__(self):
         return f"Conflicts(blocks={len(self.C)}, tasks={self.C.shape[1]}, device={str(self.C.device)!r})"
 
     @property
     def cosines(self):
-        norms = self.sizes.sqrt()
+        norms = self.squares.sqrt()
         return (self.gram / (norms[:, :, None] * norms[:, None])).nan_to_num(0.0, 0.0, 0.0)
 
     @property
@@ -126,16 +126,16 @@ class Conflicts:
     def removed(self):
         D = self.C - torch.eye(self.C.shape[1], dtype=self.C.dtype, device=self.C.device)  # v_i - g_i = sum_j D_ij g_j
         squares = (torch.zeros_like(D).baddbmm_(D, self.gram) * D).sum(2)  # in place, as in gram_matrix
-        return (squares.clamp(min=0) / self.sizes).sqrt().nan_to_num(0.0, 0.0, 0.0)
+        return (squares.clamp(min=0) / self.squares).sqrt().nan_to_num(0.0, 0.0, 0.0)
 
     @property
     def effective(self):
-        moved, sizes = (self.weights.square() * self.sizes).sum(0), self.sizes.sum(0)
-        return torch.where(sizes == 0, 1.0, (moved / sizes).sqrt())
+        moved, squares = (self.weights.square() * self.squares).sum(0), self.squares.sum(0)
+        return torch.where(squares == 0, 1.0, (moved / squares).sqrt())
 
     @property
     def rate(self):
-        present = self.finite & (self.sizes > 0)
+        present = self.finite & (self.squares > 0)
         pairs = (present[:, :, None] & present[:, None]).triu(1)
         return (self.conflicts & pairs).sum() / pairs.sum().clamp(min=1)
 
@@ -207,7 +207,7 @@ class OrthoLoRA:
         self.places = torch.tensor(layout, device=self.rows.device).argsort()  # of the caller's blocks in rows
 
     def __setstate__(self, state):
-        vars(self).update(state, rows=state["rows"].clone())  # not the memory of the process that sent it
+        vars(self).update(state, rows=state["rows"].clone())  # torch.multiprocessing would share the sender's memory
 
     def _per_parameter(self, row):  # (P,) -> a view for each parameter
         parts = row.split([p.numel() for p in self.parameters])
@@ -292,7 +292,7 @@ class OrthoLoRA:
         C = (sequential_coefficients if self.sequential else projection_coefficients)(gram, order)
         weights = C.sum(1)  # (blocks, T): sum_i v_i = sum_j (sum_i C_ij) g_j
         largest = torch.finfo(self.rows.dtype).max  # a weight may be infinite in float32 where g_j is all but zero
-        parts = weights.clamp(-largest, largest).to(self.rows.dtype).split([len(g) for g in stacks])
+        parts = weights.clamp(max=largest).to(self.rows.dtype).split([len(g) for g in stacks])
         total = torch.empty_like(self.rows[0])  # (P,)
         for g, w, out in zip(stacks, parts, self._per_size(total), strict=True):
             # From first to last, so weights of 1 give the plain sum, to the bit.

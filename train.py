@@ -35,7 +35,7 @@ from ortholora import OrthoLoRA, balance
 from support import runs, table
 from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
 from support.hub import HubError, find_checkpoint
-from support.runs import LOCAL_RANK, RANK, WORLD, agreed
+from support.runs import LOCAL_RANK, RANK, WORLD, agreed  # agreed(do): the first process does it, all get its result
 from support.toy import make_demo
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,9 @@ METHODS = {
     "ortho": Method("one shared adapter, each factor A and B projected alone: Ortho-LoRA", project=True),
     "lori-ortho": Method("ortho with A frozen and random, so that only B is projected", project=True, frozen_A=True),
     "lori-d": Method("one adapter per task, A frozen and random: LoRI, dense", own=True, frozen_A=True),
-    "lori-s": Method("lori-d on the tenth of B that it made largest: LoRI, sparse", True, False, True, "lori-d"),
+    "lori-s": Method(
+        "lori-d on the tenth of B it made largest: LoRI, sparse", own=True, frozen_A=True, source="lori-d"
+    ),
     "lora-merged": Method("single's adapters merged into one, not trained again", source="single"),
     "lori-d-merged": Method("lori-d's adapters merged into one", source="lori-d"),
     "lori-s-merged": Method("lori-s's adapters merged into one", source="lori-s"),
@@ -128,6 +130,8 @@ class Settings:
 
 
 DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "steps": 120, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2"}
+DEMO["jobs"] = min(8, os.cpu_count()) if WORLD == 1 else 1
+# What may differ when a run goes on. Model, data, device type and threads are held to by runs.facts instead.
 UNBOUND = {"methods", "seeds", "out", "resume", "save_every", "eval_every", "jobs", "demo", "model", "glue", "device"}
 MOVED = {
     "--evaluate": "python evaluate.py ADAPTER",
@@ -157,7 +161,7 @@ def parse(argv):
 
 
 def listed(text, flag, kind=str, known=None):
-    """'a, b' -> ['a', 'b'], each of them known and none twice (but numbers that are no integers). Raises BadInput."""
+    """'a, b' -> ['a', 'b']. Raises BadInput where one is unknown, or is there twice (weights may be)."""
     try:
         values = [kind(part.strip()) for part in text.split(",")]
     except ValueError:
@@ -375,7 +379,8 @@ def train(unit, model, tasks, encoder, s, log, bar):
         bar.update(len(tasks))
 
         last, now = step == s.steps - 1, time.perf_counter()
-        logged, due = last or step % max(1, s.steps // 50) == 0, not (last or RANK) and now - saved >= s.save_every
+        logged = last or step % max(1, s.steps // 50) == 0
+        due = not RANK and not last and now - saved >= s.save_every
         if logged or due:  # only here the host waits for the device
             watch.check(unit)
         if logged:
@@ -394,7 +399,7 @@ def train(unit, model, tasks, encoder, s, log, bar):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A unit: train or merge, save, score
+# A unit (of support/runs.py, not --unit's): one method and seed, and one task where each has its own adapter
 
 
 def run(unit, encoder, frozen, tasks, s, bar):
@@ -412,8 +417,6 @@ def run(unit, encoder, frozen, tasks, s, bar):
 
 
 def run_training(unit, encoder, frozen, tasks, s, bar):
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
     model, masks = build(unit.method, frozen, tasks, unit.seed, s), None
     if unit.source:  # lori-s: the mask out of lori-d's B; then all over again, on the same A
         masks = agreed(lambda: masks_of(unit, encoder, s))
@@ -463,9 +466,7 @@ def finish(unit, model, encoder, tasks, result, seconds, s, masks=None):
             write_safetensors(folder / "masks.safetensors", masks)
         predictions = predict(load_tuned(encoder, folder, data.name), data.name, data.validation)
         result["tasks"][data.name] = score(data.name, predictions, data.validation_labels)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
-    timing = {"seconds_per_step": seconds, "steps": s.steps, "peak_memory_bytes": memory}
-    unit.finish(result, timing | {"hardware": runs.hardware(encoder), "source": runs.source_checksum()})
+    unit.finish(result, runs.timing(unit, encoder, seconds, s.steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,8 +501,9 @@ def load_or_demo(s, given):
             print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE.")
             print("NOTICE: with a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)
     toy = agreed(make_demo)
-    for name, value in {**DEMO, **given, "model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}.items():
-        setattr(s, name, value)
+    for name, value in {**DEMO, "model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}.items():
+        if name not in given:
+            setattr(s, name, value)
     check(s)
     return agreed(lambda: load(s), everywhere=True)
 
@@ -524,9 +526,9 @@ def compare(s, given, argv):
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
     s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
-    if s.jobs > 1:
-        torch.set_num_threads(1)  # as its workers have
     encoder, frozen, tasks = load_or_demo(s, given)
+    if s.jobs > 1 or s.demo:  # so that the number of cores changes no digit
+        torch.set_num_threads(1)
     default = f"runs/{'demo' if s.demo else Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     s.out = s.out or agreed(lambda: default)
     build("joint", frozen, tasks, 0, s)  # unfit targets show here
@@ -536,9 +538,8 @@ def compare(s, given, argv):
     todo = agreed(lambda: runs.unfinished(units))
     for data in tasks:
         print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
-    print(
-        f"{len(todo)} of {len(units)} trainings to do, {s.steps} steps each, on {runs.hardware(encoder)}; out: {s.out}"
-    )
+    what, where = f"{len(todo)} of {len(units)} trainings to do", runs.hardware(encoder)
+    print(f"{what}, of {s.steps} steps each, on {where}, into {s.out}", flush=True)
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     often = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:

@@ -477,12 +477,12 @@ def bench_padding(args, device):
         model = train.build("joint", encoder, tasks, 0, s)
         share, totals, stacked = [], [0, 0], [0, 0]
         for data in tasks:
-            drawn = list(itertools.islice(glue.batches(data.lengths, s.batch_size, 0, data.name, window), 200))
+            drawn = list(itertools.islice(glue.rows_of_steps(data.lengths, s.batch_size, 0, data.name, window), 200))
             real, all_ = (sum(int(f(data.lengths[b])) for b in drawn) for f in (np.sum, lambda x: len(x) * x.max()))
             share.append(1 - real / all_)
             totals = [totals[0] + real, totals[1] + all_]
         for step in itertools.islice(
-            zip(*(glue.batches(d.lengths, s.batch_size, 0, d.name, window) for d in tasks), strict=True), 200
+            zip(*(glue.rows_of_steps(d.lengths, s.batch_size, 0, d.name, window) for d in tasks), strict=True), 200
         ):
             lengths = np.concatenate([d.lengths[b] for d, b in zip(tasks, step, strict=True)])
             stacked = [stacked[0] + lengths.sum(), stacked[1] + len(lengths) * lengths.max()]

@@ -228,7 +228,8 @@ def open_out(out, settings, facts, about, resume, again):
     there = there.get("settings", {}) | there.get("facts", {})
     for what in there | bound:
         if (old := there.get(what)) != (new := bound.get(what)):
-            raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}; choose another folder for that")
+            hint = " (--jobs means 1; OMP_NUM_THREADS sets it)" if what == "threads" else ""
+            raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}{hint}; choose another folder for that")
 
 
 def facts(encoder, tasks):
@@ -243,6 +244,16 @@ def facts(encoder, tasks):
         labels = np.concatenate([data.train_labels, data.validation_labels])
         found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
     return found
+
+
+def timing(unit, encoder, seconds, steps):
+    """timing.json: seconds per step, a GPU's peak memory since the unit before, and what they were measured with."""
+    device, memory = next(encoder.parameters()).device, None
+    if device.type == "cuda":
+        memory = None if unit.merged else torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    about = {"hardware": hardware(encoder), "source": source_checksum()}
+    return {"seconds_per_step": seconds, "steps": steps, "peak_memory_bytes": memory, **about}
 
 
 def hardware(encoder):
@@ -317,7 +328,7 @@ class Watch:
         if conflicts is not None:
             more = [x.float() for x in (conflicts.conflicts, conflicts.cosines, conflicts.removed)]
             self.sums = more if self.sums is None else [a + b for a, b in zip(self.sums, more, strict=True)]
-            parts = [conflicts.rate[None], conflicts.effective, conflicts.sizes.sum(0).sqrt()]
+            parts = [conflicts.rate[None], conflicts.effective, conflicts.squares.sum(0).sqrt()]
             self.fifths[step * FIFTHS // self.steps] += torch.cat([x.float() for x in parts])
 
     def check(self, unit):
@@ -355,14 +366,14 @@ class Ticks:
         self.update, self.set_description = parent.send, lambda text: None
 
 
-def work(loaded, run, s, parent):
+def work(run, s, parent):
     """A worker: runs the units that come; an error is for the parent to say."""
     alive = multiprocessing.parent_process()
     threading.Thread(target=lambda: (alive.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
     tqdm.set_lock(threading.RLock())  # its own, between processes, would be called leaked when this one is ended
     torch.set_num_threads(1)
     try:
-        loaded = pickle.loads(loaded)
+        loaded = pickle.loads(parent.recv_bytes())
         while True:
             parent.send(None)  # no batches, but room for a unit
             run(parent.recv(), *loaded, s, Ticks(parent))
@@ -377,14 +388,16 @@ def run_jobs(units, jobs, loaded, run, s, bar):
     """
     context, workers, idle, waiting = multiprocessing.get_context("spawn"), {}, [], list(units)
     loaded = pickle.dumps(loaded)
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the workers
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers never hear Ctrl-C; the parent ends them
     try:
         for _ in range(jobs):
             here, there = context.Pipe()
-            workers[here] = context.Process(target=work, args=(loaded, run, s, there), daemon=True)
+            workers[here] = context.Process(target=work, args=(run, s, there), daemon=True)
             workers[here].start()
             there.close()  # so that, when the worker ends, `here` does
-        signal.signal(signal.SIGINT, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        for worker in workers:
+            worker.send_bytes(loaded)  # when all are on their way, since this waits for each to read
         while waiting or len(idle) < jobs:
             for worker in multiprocessing.connection.wait(workers):
                 try:
@@ -403,7 +416,7 @@ def run_jobs(units, jobs, loaded, run, s, bar):
                 waiting.remove(unit)
                 idle.pop().send(unit)
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         for worker in workers.values():
             worker.terminate()
             worker.join()

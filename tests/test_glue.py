@@ -530,7 +530,7 @@ def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
 
 
 def first(count, lengths, batch_size, seed=0, task="rte", **more):
-    return list(itertools.islice(glue.batches(lengths, batch_size, seed, task, **more), count))
+    return list(itertools.islice(glue.rows_of_steps(lengths, batch_size, seed, task, **more), count))
 
 
 @pytest.mark.parametrize("window", [1, 3, 32])
@@ -674,7 +674,7 @@ def rows_in(batch):
 
 def test_the_batches_of_a_step():
     tasks, loop = steps("loop")
-    streams = zip(*(glue.batches(data.lengths, 4, 5, data.name, 3) for data in tasks), strict=True)
+    streams = zip(*(glue.rows_of_steps(data.lengths, 4, 5, data.name, 3) for data in tasks), strict=True)
     for step, drawn in zip(loop, streams, strict=False):
         expected = [
             (d.name, rows.tolist(), d.train_labels[rows].tolist()) for d, rows in zip(tasks, drawn, strict=True)

@@ -26,7 +26,7 @@ def seen(conflicts, cosines, removed, rate, effective, norms):
     sizes = [[x * x / 2 for x in norms]] * 2  # of two blocks
     rest = [torch.tensor(x) for x in (removed, rate, effective, sizes)]
     return SimpleNamespace(
-        **dict(zip(("conflicts", "cosines", "removed", "rate", "effective", "sizes"), pairs + rest, strict=True))
+        **dict(zip(("conflicts", "cosines", "removed", "rate", "effective", "squares"), pairs + rest, strict=True))
     )
 
 
