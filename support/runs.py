@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pickle
 import platform
@@ -388,6 +389,7 @@ def run_jobs(units, jobs, loaded, run, s, bar):
     """
     context, workers, idle, waiting = multiprocessing.get_context("spawn"), {}, [], list(units)
     loaded = pickle.dumps(loaded)
+    multiprocessing.resource_tracker.ensure_running()  # else it starts with the first worker, and unblocks what follows
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers never hear Ctrl-C; the parent ends them
     try:
         for _ in range(jobs):
