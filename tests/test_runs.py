@@ -359,7 +359,8 @@ def test_other_settings_are_refused(run, interrupted, change, words):
 def test_other_surroundings_are_refused(run, interrupted, monkeypatch):
     before = stamps(interrupted)
     torch.set_num_threads(2)
-    assert "threads was 1 and is 2 (--jobs means 1; OMP_NUM_THREADS sets it); choose another" in ours(run(interrupted, f"{FLAGS} --resume")[2])
+    said = ours(run(interrupted, f"{FLAGS} --resume")[2])
+    assert "threads was 1 and is 2 (--jobs means 1; OMP_NUM_THREADS sets it); choose another" in said
     torch.set_num_threads(1)
     version = torch.__version__
     monkeypatch.setattr(torch, "__version__", "1.13")
