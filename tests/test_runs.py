@@ -198,7 +198,7 @@ def test_a_crash_between_a_result_and_the_end_of_its_state(run, whole, tmp_path)
 
 
 def test_what_is_finished_is_not_made_again(run, interrupted, whole, monkeypatch):
-    before, trained, end = stamps(interrupted, "single"), [], whole()
+    before, trained = stamps(interrupted, "single"), []
     honest = train.run_training
     monkeypatch.setattr(train, "run_training", lambda unit, *rest: (trained.append(str(unit)), honest(unit, *rest)))
     with crash(1, (table, "write_text"), before=True):  # all is done, and no results.json
@@ -207,7 +207,7 @@ def test_what_is_finished_is_not_made_again(run, interrupted, whole, monkeypatch
     assert stamps(interrupted, "single") == before
     no_work(monkeypatch)
     assert run(interrupted, f"{FLAGS} --resume")[0] == 0
-    assert kills.kept(interrupted) == end
+    assert kills.kept(interrupted) == whole()
 
 
 def test_the_shorter_run_of_the_killing_script():
@@ -250,9 +250,9 @@ def test_the_command_that_goes_on():
 
 def test_what_is_made_of_others_needs_them(run, tmp_path):
     out = tmp_path / "out"
-    for flags in (f"{BASE} --methods lori-s", f"{BASE} --methods lora-merged,joint --resume"):
-        status, _, err = run(out, flags)
-        assert status == 2 and "so name that too" in ours(err) or "name that too" in ours(err)
+    for methods in ("--methods lori-s", "--methods lora-merged,joint --resume"):
+        status, _, err = run(out, f"{BASE} {methods}")
+        assert status == 2 and "name that too" in ours(err)
     assert run(out, f"{BASE} --methods single --resume")[0] == 0
     assert run(out, f"{BASE} --methods lora-merged --resume")[0] == 0
     assert list(json.loads((out / "results.json").read_text())["methods"]) == ["single", "lora-merged"]
@@ -359,8 +359,7 @@ def test_other_settings_are_refused(run, interrupted, change, words):
 def test_other_surroundings_are_refused(run, interrupted, monkeypatch):
     before = stamps(interrupted)
     torch.set_num_threads(2)
-    said = ours(run(interrupted, f"{FLAGS} --resume")[2])
-    assert "threads was 1 and is 2 (--jobs means 1; OMP_NUM_THREADS sets it); choose another" in said
+    assert "threads was 1 and is 2; choose another" in ours(run(interrupted, f"{FLAGS} --resume")[2])
     torch.set_num_threads(1)
     version = torch.__version__
     monkeypatch.setattr(torch, "__version__", "1.13")
@@ -514,10 +513,18 @@ def test_no_state_from_after_the_first_bad_step(run, tmp_path, monkeypatch, meth
 # --jobs
 
 
-def test_jobs_change_no_byte(run, whole, tmp_path):
-    status, text, err = run(tmp_path / "out", f"{FLAGS} --jobs 2")
-    assert status == 0 and text.count(" to train on, ") == 2 and "Traceback" not in err and "leaked" not in err
+def test_jobs_change_no_byte(demo, whole, tmp_path):
+    process = start(demo, tmp_path / "out", f"{FLAGS} --jobs 2")
+    text, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and text.count(" to train on, ") == 2  # in the parent alone
+    assert "Traceback" not in err and "leaked" not in err
     assert kills.kept(tmp_path / "out") == whole()
+
+
+def test_a_merge_waits_for_its_sources(run, tmp_path):
+    """There are three units and three workers, so that the merge could be begun at once."""
+    assert run(tmp_path / "out", f"{LONG} --methods single,lora-merged --jobs 3")[0] == 0
+    assert (tmp_path / "out/lora-merged/seed0/result.json").exists()
 
 
 def test_bad_input_of_a_worker_ends_all(run, interrupted):
@@ -597,25 +604,39 @@ if kind == "nan":
     train.task_losses = losses
 elif kind == "full":
     train.runs.save = save  # which the first one alone does
+elif kind == "alone" and train.RANK:
+    train.finish = train.run_merge = None
+    for name in ("refuse_taken", "open_out", "unfinished", "locked", "load_state", "save"):
+        setattr(train.runs, name, None)
 sys.exit(train.main())
 """
 
 
+def torchrun(demo, tmp_path, kind, flags):
+    (tmp_path / "faulty.py").write_text(FAULTS)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += [str(tmp_path / "faulty.py"), kind, *command(demo, tmp_path / "out", flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=200)
+
+
 @pytest.mark.parametrize("kind, words", [("taken", "has a run in it"), ("nan", "step 5"), ("full", "No space left")])
 def test_what_ends_one_process_ends_all_with_one_line(demo, tmp_path, kind, words):
-    (tmp_path / "faulty.py").write_text(FAULTS)
-    out = tmp_path / "out"
     if kind == "taken":
-        out.mkdir()
-        (out / "settings.json").write_text("{}")
-    words_of = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words_of += [str(tmp_path / "faulty.py"), kind, *command(demo, out, LONG)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words_of, env=env, capture_output=True, text=True, timeout=200)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/settings.json").write_text("{}")
+    done = torchrun(demo, tmp_path, kind, LONG)
     own = done.stderr.partition("torch/distributed/elastic")[0].rpartition("\n")[0]  # before torchrun's own report
     assert done.returncode and words in ours(own)
     assert done.stderr.count("Traceback (most recent") == 1 and "ChildFailedError" in done.stderr  # torchrun's
-    assert not list(out.rglob("*.tmp"))
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_the_first_process_alone_looks_at_the_folder(demo, tmp_path):
+    done = torchrun(demo, tmp_path, "alone", f"{BASE} --methods single,joint,lora-merged --resume")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["methods"]) == ["single", "joint", "lora-merged"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
