@@ -198,7 +198,7 @@ def test_a_crash_between_a_result_and_the_end_of_its_state(run, whole, tmp_path)
 
 
 def test_what_is_finished_is_not_made_again(run, interrupted, whole, monkeypatch):
-    before, trained = stamps(interrupted, "single"), []
+    before, trained, end = stamps(interrupted, "single"), [], whole()
     honest = train.run_training
     monkeypatch.setattr(train, "run_training", lambda unit, *rest: (trained.append(str(unit)), honest(unit, *rest)))
     with crash(1, (table, "write_text"), before=True):  # all is done, and no results.json
@@ -207,7 +207,7 @@ def test_what_is_finished_is_not_made_again(run, interrupted, whole, monkeypatch
     assert stamps(interrupted, "single") == before
     no_work(monkeypatch)
     assert run(interrupted, f"{FLAGS} --resume")[0] == 0
-    assert kills.kept(interrupted) == whole()
+    assert kills.kept(interrupted) == end
 
 
 def test_the_shorter_run_of_the_killing_script():
@@ -358,9 +358,11 @@ def test_other_settings_are_refused(run, interrupted, change, words):
 
 def test_other_surroundings_are_refused(run, interrupted, monkeypatch):
     before = stamps(interrupted)
-    torch.set_num_threads(2)
-    assert "threads was 1 and is 2; choose another" in ours(run(interrupted, f"{FLAGS} --resume")[2])
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    said = ours(run(interrupted, f"{FLAGS} --resume")[2])
+    assert f"threads was {threads} and is {threads + 1} (--jobs means 1; OMP_NUM_THREADS sets it); choose" in said
+    torch.set_num_threads(threads)
     version = torch.__version__
     monkeypatch.setattr(torch, "__version__", "1.13")
     assert f"torch was {str(version)!r} and is '1.13'" in ours(run(interrupted, f"{FLAGS} --resume")[2])
