@@ -419,6 +419,6 @@ def run_jobs(units, jobs, loaded, run, s, bar):
                 idle.pop().send(unit)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for worker in workers.values():
+        for worker in [worker for worker in workers.values() if worker.is_alive()]:
             worker.terminate()
             worker.join()

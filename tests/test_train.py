@@ -563,7 +563,7 @@ def test_holdout_rows_are_scored_and_not_trained_on(demo, run, tmp_path):
 def test_what_a_run_prints(run, tmp_path):
     status, text, err = run("--tasks sst2 --methods joint --steps 2")
     assert status == 0 and "sst2      64 examples to train on, 12 to score on" in text
-    assert "1 of 1 trainings to do, 2 steps each, on " in text and f"; out: {tmp_path / 'out'}\n" in text
+    assert "1 of 1 trainings to do, of 2 steps each, on " in text and f", into {tmp_path / 'out'}\n" in text
     assert (tmp_path / "out/results.md").read_text() in text
     assert "joint, seed 0" in err and "batch" in err
 
@@ -855,10 +855,11 @@ def test_an_interrupted_fallback_says_demo(demo, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train, "load", load)
     monkeypatch.setattr(train, "make_demo", lambda: demo)
     monkeypatch.setattr(train, "run", interrupted)
-    assert train.main(["--steps", "2"]) == 130
+    assert train.main(["--steps", "2", "--jobs", "1"]) == 130
     (out,) = (tmp_path / "runs").iterdir()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"train.py: interrupted; to go on: python train.py --steps 2 --demo --out runs/{out.name} --resume"
+    words = f"--steps 2 --jobs 1 --demo --out runs/{out.name} --resume"
+    assert last == f"train.py: interrupted; to go on: python train.py {words}"
 
 
 def test_help_names_every_setting(capsys):
