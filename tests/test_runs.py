@@ -571,7 +571,7 @@ def test_ctrl_c_says_how_to_go_on(run, demo, whole, tmp_path, jobs, when):
     out, flags = tmp_path / "an out", f"{LONG} --jobs {jobs}"
     process = start(demo, out, flags)
     wait_for(process, lambda: any(path.stat().st_size for path in out.rglob(when)))
-    time.sleep(0.2)
+    time.sleep(0.6)  # in which workers import
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130
