@@ -117,9 +117,7 @@ class Settings:
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the frozen encoder in training; auto: bf16 on a GPU", ["auto", "fp32", "bf16"])
-    per_task: str = setting(
-        "auto", "a pass per task, or one for all stacked: auto, on a GPU", ["auto", "loop", "stacked"]
-    )
+    per_task: str = setting("auto", "a pass per task, or one stacked: auto, on a GPU", ["auto", "loop", "stacked"])
     compile: bool = setting(False, "torch.compile the encoder: slow at first; what it gains is not measured")
     out: str = setting("", "out folder; default: runs/MODEL-DATE-TIME")
     resume: bool = setting(False, "keep what --out has finished, go on with what was interrupted, run what is missing")
@@ -518,8 +516,8 @@ def open_out(s, encoder, tasks, again):
     runs.open_out(Path(s.out), settings, runs.facts(encoder, tasks), about, s.resume, again)
 
 
-def compare(s, given, argv):
-    """Run every unit that is not finished, and print the table."""
+def compare(s, given, argv, workers):
+    """Run every unit that is not finished, in the workers if there are any, and print the table."""
     if s.out:  # before anything is loaded
         agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
     device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
@@ -543,8 +541,8 @@ def compare(s, given, argv):
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     often = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:
-        if s.jobs > 1 and len(todo) > 1:
-            runs.run_jobs(todo, min(s.jobs, len(todo)), (encoder, frozen, tasks), run, s, bar)
+        if workers and todo:
+            runs.run_jobs(todo, workers, (encoder, frozen, tasks, s), bar)
         else:
             for unit in todo:
                 run(unit, encoder, frozen, tasks, s, bar)
@@ -561,7 +559,8 @@ def main(argv=None):
         if s.demo and {"model", "glue"} & given.keys():
             raise BadInput("--demo brings its own model and data: leave out --model and --glue")
         runs.join_processes(s.device)
-        return compare(s, given, argv)
+        with runs.workers(s.jobs, run) as workers:
+            return compare(s, given, argv, workers)
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         error, status = str(e), 2
     except FloatingPointError as e:

@@ -367,7 +367,7 @@ class Ticks:
         self.update, self.set_description = parent.send, lambda text: None
 
 
-def work(run, s, parent):
+def work(run, parent):
     """A worker: runs the units that come; an error is for the parent to say."""
     alive = multiprocessing.parent_process()
     threading.Thread(target=lambda: (alive.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
@@ -377,48 +377,60 @@ def work(run, s, parent):
         loaded = pickle.loads(parent.recv_bytes())
         while True:
             parent.send(None)  # no batches, but room for a unit
-            run(parent.recv(), *loaded, s, Ticks(parent))
+            run(parent.recv(), *loaded, Ticks(parent))
     except (BadInput, OSError, FloatingPointError) as e:
         parent.send(e)
 
 
-def run_jobs(units, jobs, loaded, run, s, bar):
-    """run(unit, *loaded, s, bar) in `jobs` processes, each unit when what it is made of is finished.
+@contextlib.contextmanager
+def workers(jobs, run):
+    """{pipe: process} of `jobs` processes that wait for `run_jobs`, and import meanwhile; one job is the parent's own.
 
-    loaded goes to them as bytes, so they read nothing again, and need no shared memory. Raises a worker's error.
+    They end when this is left. They never hear Ctrl-C: it is the parent's, which ends them.
     """
-    context, workers, idle, waiting = multiprocessing.get_context("spawn"), {}, [], list(units)
-    loaded = pickle.dumps(loaded)
-    multiprocessing.resource_tracker.ensure_running()  # else it starts with the first worker, and unblocks what follows
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers never hear Ctrl-C; the parent ends them
+    context, started = multiprocessing.get_context("spawn"), {}
+    if jobs > 1:
+        multiprocessing.resource_tracker.ensure_running()  # else it starts with the first worker, and unblocks the rest
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        for _ in range(jobs):
+        for _ in range(jobs if jobs > 1 else 0):
             here, there = context.Pipe()
-            workers[here] = context.Process(target=work, args=(run, s, there), daemon=True)
-            workers[here].start()
+            started[here] = context.Process(target=work, args=(run, there), daemon=True)
+            started[here].start()
             there.close()  # so that, when the worker ends, `here` does
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for worker in workers:
-            worker.send_bytes(loaded)  # when all are on their way, since this waits for each to read
-        while waiting or len(idle) < jobs:
-            for worker in multiprocessing.connection.wait(workers):
-                try:
-                    said = worker.recv()
-                except (EOFError, ConnectionResetError):
-                    workers[worker].join()
-                    code = workers[worker].exitcode
-                    raise ChildProcessError(f"a worker ended with exit code {code}") from None
-                if isinstance(said, Exception):
-                    raise said
-                if said is None:
-                    idle.append(worker)
-                else:
-                    bar.update(said)
-            for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
-                waiting.remove(unit)
-                idle.pop().send(unit)
+        yield started
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for worker in [worker for worker in workers.values() if worker.is_alive()]:
+        for worker in [worker for worker in started.values() if worker.is_alive()]:
             worker.terminate()
             worker.join()
+
+
+def run_jobs(units, workers, loaded, bar):
+    """run(unit, *loaded, bar) in the workers, each unit when what it is made of is finished. Raises a worker's error.
+
+    loaded goes to them as bytes, so they read nothing again, and need no shared memory.
+    """
+    waiting, idle = sorted(units, key=lambda unit: -len(unit.tasks)), []  # long ones first, so that all end together
+    loaded = pickle.dumps(loaded)
+    for worker in workers:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
+            worker.send_bytes(loaded)
+    while waiting or len(idle) < len(workers):
+        for worker in multiprocessing.connection.wait(workers):
+            try:
+                said = worker.recv()
+            except (EOFError, ConnectionResetError):
+                workers[worker].join()
+                code = workers[worker].exitcode
+                raise ChildProcessError(f"a worker ended with exit code {code}") from None
+            if isinstance(said, Exception):
+                raise said
+            if said is None:
+                idle.append(worker)
+            else:
+                bar.update(said)
+        for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
+            waiting.remove(unit)
+            idle.pop().send(unit)
