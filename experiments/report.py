@@ -29,7 +29,9 @@ with contextlib.suppress(ImportError):  # main() says so
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+from plan import CONTRASTS, EXPERIMENTS  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
 
@@ -107,6 +109,270 @@ def source(r):
 def averages(runs):
     """{method: {seed: entry}} -> {method: (seeds,)}"""
     return {m: np.array([entry["average"] for entry in seeds.values()]) for m, seeds in runs.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units: the files of reproduce.py, and what they say together
+
+
+def units_of(folder):
+    """{cell: {row: {seed: unit}}} of what has finished, in the plan's order."""
+    there = {}
+    for path in sorted((folder / "units").glob("*.json")):
+        unit = json.loads(path.read_text())
+        there[unit["cell"], unit["row"], unit["seed"]] = unit
+    cells = {}
+    for name, cell in EXPERIMENTS[folder.name][1].items():
+        for row in cell.rows:
+            found = {seed: there[name, row, seed] for seed in cell.seeds if (name, row, seed) in there}
+            if found:
+                cells.setdefault(name, {})[row] = found
+    return cells
+
+
+def entry(unit):
+    """What the unit's one method says."""
+    (found,) = unit["results"].values()
+    return found
+
+
+def values(found, task="", score="score"):
+    """{seed: the score of a task, or their average} of a row. In [-1, 1] a metric has a name of its own: accuracy."""
+    factor = 1 if score in ("score", "loss") else 100
+    tasks = [task] if task else list(entry(next(iter(found.values())))["tasks"])
+    return {
+        seed: factor * float(np.mean([entry(unit)["tasks"][t][score] for t in tasks])) for seed, unit in found.items()
+    }
+
+
+def differences(row, base):
+    """Paired by seed, of those that both have: (seeds,)."""
+    return np.array([row[seed] - base[seed] for seed in row if seed in base])
+
+
+def detectable(x, level=0.05, power=0.8):
+    """The smallest true difference that n pairs of this spread would have shown in 80 of 100 trials.
+
+    (t_{1 - level/2} + t_{power}) s / √n, both at n - 1 degrees of freedom: near enough, and a little too small.
+    """
+    n = len(x)
+    return (stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(power, n - 1)) * np.std(x, ddof=1) / math.sqrt(n)
+
+
+def holm(p_values):
+    """Adjusted p: the k-th smallest of m times m - k + 1, none smaller than the one before it, at most 1."""
+    adjusted, largest = dict.fromkeys(p_values), 0.0
+    for k, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - k) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def collapsed(found):
+    """How many trainings of a row end up saying one class, by task: 'mrpc 2, rte 1'."""
+    counts = {}
+    for unit in found.values():
+        for task, scores in entry(unit)["tasks"].items():
+            counts[task] = counts.get(task, 0) + (scores.get("commonest") == 1)
+    return ", ".join(f"{task} {n}" for task, n in counts.items() if n)
+
+
+def score_table(rows, tasks):
+    """Every row's scores, mean ± standard deviation over its seeds."""
+    table = [["method", *tasks, "average", "loss", "collapsed", "seeds"]]
+    for row, found in rows.items():
+        columns = [list(values(found, task).values()) for task in [*tasks, ""]]
+        table.append([row, *map(mean_and_spread, columns)])
+        table[-1] += [mean_and_spread(list(values(found, "", "loss").values()), 3), collapsed(found), str(len(found))]
+    guess = next(iter(next(iter(rows.values())).values()))["majority"]
+    chance = [guess[task] for task in tasks]
+    return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
+
+
+def difference_table(rows, tasks, base, score="score"):
+    """Every row less `base`, paired by seed, with 95 % intervals; and what could have been seen of the average."""
+    table = [[f"less {base}", *tasks, "average", "could have seen"]]
+    for row, found in rows.items():
+        if row == base or len(differences(values(found), values(rows[base]))) < 2:
+            continue
+        pairs = [differences(*(values(x, task, score) for x in (found, rows[base]))) for task in [*tasks, ""]]
+        table.append([row, *(signed(interval(x), 1) for x in pairs), f"{detectable(pairs[-1]):.1f}"])
+    return table
+
+
+def weight_table(rows, tasks):
+    """Effective weights in the first and the last fifth, and the norms of the tasks' gradients in the first."""
+    table = [["weights under", *tasks, *(f"{task}, last fifth" for task in tasks)]]
+    norms = []
+    for row, found in rows.items():
+        seen = [entry(unit)["conflicts"]["fifths"] for unit in found.values() if "conflicts" in entry(unit)]
+        if seen:
+            means = [[np.mean([x["effective"][t][fifth] for x in seen]) for t in tasks] for fifth in (0, -1)]
+            table.append([row, *(f"{x:.1f}" for x in itertools.chain(*means))])
+            norms = norms or [np.mean([x["norms"][t][0] for x in seen]) for t in tasks]
+    said = ", ".join(f"{t} {x:.2g}" for t, x in zip(tasks, norms, strict=False))
+    return table, f"Lengths of the tasks' gradients in the first fifth: {said}." if norms else ""
+
+
+def recovered(rows, tasks, row):
+    """The share of the gap, single - joint, that a row brings back: of the average, and of the task that loses most."""
+    parts = []
+    gaps = {t: differences(values(rows["single"], t), values(rows["joint"], t)) for t in ["", *tasks]}
+    worst = max(tasks, key=lambda t: gaps[t].mean())
+    for name, task in (("the average", ""), (worst, worst)):
+        seeds = set(rows[row]) & set(rows["single"]) & set(rows["joint"])
+        of = [{s: x for s, x in values(rows[r], task).items() if s in seeds} for r in (row, "single", "joint")]
+        parts.append(f"of {name} {share(differences(of[0], of[2]), differences(of[1], of[2]))}")
+    return "; ".join(parts)
+
+
+def cell_text(name, rows, lines=()):
+    """A cell as its tables, under a heading."""
+    tasks = list(entry(next(iter(next(iter(rows.values())).values())))["tasks"])
+    parts = [f"### {name}", markdown(score_table(rows, tasks))]
+    if "joint" in rows:
+        parts.append(markdown(difference_table(rows, tasks, "joint")))
+        if "single" in rows and len(differences(values(rows["single"]), values(rows["joint"]))) > 2:
+            rest = [row for row in rows if row not in ("single", "joint") and len(rows[row]) > 2]
+            parts.append("\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest))
+    table, norms = weight_table(rows, tasks)
+    if norms:
+        parts += [markdown(table), norms]
+    return [*parts, *lines]
+
+
+CLEAR = 3  # a task's mean gradient is said to be there from so many of its errors on
+
+
+def pooled(points, space, i, j):
+    """(cosine, error, seeds) of a pair: the mean over the seeds in which both gradients are there, or None."""
+    found = []
+    for point in points:
+        signal, x = point[space].get("signal") or point["A and B"]["signal"], point[space]
+        clear = all(signal[t] is not None and signal[t] > CLEAR for t in (i, j))
+        if space == "A less B":
+            clear = all(point[f]["signal"][t] > CLEAR for f in "AB" for t in (i, j))
+        if clear and x["cosine"][i][j] is not None and x["error"][i][j] is not None:
+            found.append((x["cosine"][i][j], x["error"][i][j]))
+    if not found:
+        return None
+    cosines, errors = np.array(found).T
+    return cosines.mean(), np.sqrt((errors**2).sum()) / len(errors), len(errors)
+
+
+def with_error(found):
+    """'-0.20 ± 0.07 (3)', or a dash."""
+    return f"{found[0]:+.2f} ± {found[1]:.2f} ({found[2]})" if found else "—"
+
+
+def premise_text(rows):
+    """Cosines of the mean gradients: by pair and point at rank 8, A against B, and by rank."""
+    points = {row: [next(iter(u["results"].values()))["points"] for u in found.values()] for row, found in rows.items()}
+    tasks, steps = next(iter(rows["rank 8"].values()))["tasks"], list(points["rank 8"][0])
+    pairs = list(itertools.combinations(range(len(tasks)), 2))
+    eight = {step: [seed[step] for seed in points["rank 8"]] for step in steps}
+    table = [["cosine at rank 8, A and B", *(f"after {step} steps" for step in steps)]]
+    apart = [["A less B, rank 8", "A", "B", "difference", "z"]]
+    for i, j in pairs:
+        name = f"{tasks[i]}-{tasks[j]}"
+        table.append([name, *(with_error(pooled(eight[step], "A and B", i, j)) for step in steps)])
+        a, b, less = (pooled(eight[steps[0]], space, i, j) for space in ("A", "B", "A less B"))
+        apart.append([name, *map(with_error, (a, b, less)), f"{less[0] / less[1]:+.1f}" if less else ""])
+    signal = [["SNR of a batch, A and B", *tasks]]
+    ranks = [["rank", "after", "pairs there", "below −2 errors", "above 2 errors", "mean cosine", "conflicts by batch"]]
+    for row, seeds in points.items():
+        for step in steps:
+            at = [seed[step] for seed in seeds]
+            snr = np.array([point["A and B"]["snr"] for point in at], float)
+            signal.append([f"{row}, after {step}", *(mean_and_spread(list(snr[:, t]), 3) for t in range(len(tasks)))])
+            found = [x for x in (pooled(at, "A and B", i, j) for i, j in pairs) if x]
+            z = np.array([x[0] / x[1] for x in found])
+            mean = f"{np.mean([x[0] for x in found]):+.3f}" if found else ""
+            rate = f"{100 * np.mean([point['rate'] for point in at]):.1f} %"
+            ranks.append(
+                [row, step, f"{len(found)} of {len(pairs)}", f"{(z < -2).sum()}", f"{(z > 2).sum()}", mean, rate]
+            )
+    note = (
+        f"Mean over the seeds (how many in brackets) in which both tasks' mean gradients are {CLEAR} jackknife errors "
+        "or more from zero, ± its jackknife error; a dash: in none. SNR: |mean gradient|² over the mean square of one "
+        "batch's gradient."
+    )
+    return [*(markdown(x) for x in (table, apart, ranks, signal)), note]
+
+
+def search_table(rows):
+    """What rates were chosen by: means over the seeds, on rows held out."""
+    grid = {}
+    for row, found in rows.items():
+        method, _, rate = row.partition(" at ")
+        tasks = list(entry(next(iter(found.values())))["tasks"])
+        columns = {task: np.mean(list(values(found, task).values())) for task in tasks}
+        grid.setdefault(method, {})[float(rate)] = columns | {"average": np.mean(list(columns.values()))}
+    table = [["held out", "score", *(f"{rate:g}" for rate in sorted(next(iter(grid.values()))))]]
+    for method, rates in grid.items():
+        for score in next(iter(rates.values())) if method == "single" else ["average"]:
+            best = max(rates, key=lambda rate: rates[rate][score])
+            cells = [f"**{rates[r][score]:.1f}**" if r == best else f"{rates[r][score]:.1f}" for r in sorted(rates)]
+            table.append([method, score, *cells])
+    return table
+
+
+def origin(name, cells):
+    """Where an experiment's numbers come from: the last line of its tables."""
+    found = [unit for rows in cells.values() for row in rows.values() for unit in row.values()]
+    hardware = ", ".join(sorted({f"{unit['hardware']} ({unit['processor']})" for unit in found}))
+    commits, dates = sorted({unit["commit"] for unit in found}), sorted({unit["date"] for unit in found})
+    total = sum(len(cell.rows) * len(cell.seeds) for cell in EXPERIMENTS[name][1].values() if cell.wanted)
+    needs = "" if all(unit["data"].startswith("toy") for unit in found) else " --model MODEL --glue GLUE"
+    return (
+        f"`python experiments/reproduce.py {name}{needs}`: {len(found)} of {total} units, each with its command and "
+        f"seed in `results/{name}/units/`; {sum(unit['seconds'] for unit in found) / 3600:.1f} hours of one thread, "
+        f"{hardware}, torch {found[0]['torch']}, commit {', '.join(commits)}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
+def experiment_table(folder):
+    """The text of results.md for an experiment's units: its cells, then, for neither page, what was chosen by."""
+    cells = units_of(folder)
+    searches = {name: rows for name, rows in cells.items() if name.startswith("search")}
+    shown = {name: rows for name, rows in cells.items() if name not in searches}
+    parts = []
+    for name, rows in shown.items():
+        parts += premise_text(rows) if folder.name == "premise" else cell_text(name, rows)
+    parts += [origin(folder.name, cells), MORE]
+    for name, rows in searches.items():
+        parts += [f"### {name}", markdown(search_table(rows))]
+    return "\n\n".join(parts) + "\n"
+
+
+def contrast_table():
+    """The text of contrasts.md: plan.py's contrasts, with Holm's correction, as far as their units are there."""
+    found, p_values = {}, {}
+    for c in CONTRASTS:
+        rows = units_of(RESULTS / c.experiment).get(c.cell, {}) if c.experiment in EXPERIMENTS else {}
+        x = (
+            [differences(*(values(rows[r], "", c.score) for r in (c.row, c.base)))]
+            if {c.row, c.base} <= rows.keys()
+            else []
+        )
+        wanted = len(EXPERIMENTS[c.experiment][1][c.cell].seeds) if c.experiment in EXPERIMENTS else 0
+        found[c] = x[0] if x else np.array([]), wanted
+        if wanted and len(found[c][0]) == wanted:
+            p_values[c] = stats.ttest_1samp(found[c][0], 0).pvalue
+    complete = len(p_values) == len(CONTRASTS)
+    adjusted = holm(p_values | dict.fromkeys((c for c in CONTRASTS if c not in p_values), 1.0))
+    table = [["contrast", "cell", "score", "points, 95 % interval", "p", "p, Holm", "", "could have seen"]]
+    for c, (x, wanted) in found.items():
+        start = [f"{c.row} − {c.base}", f"{c.experiment}: {c.cell}", c.score]
+        if c not in p_values:
+            table.append([*start, f"not yet: {len(x)} of {wanted or '?'} seeds", "", "", "", ""])
+            continue
+        words = "shown" if adjusted[c] < 0.05 else "not shown"
+        numbers = [signed(interval(x)), f"{p_values[c]:.2g}", f"{adjusted[c]:.2g}", words, f"{detectable(x):.1f}"]
+        table.append([*start, *numbers])
+    note = "" if complete else "\n\nA contrast that is not there yet counts as p = 1, so what is shown stays shown."
+    return markdown(table) + note + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,175 +456,6 @@ def held_out(r):
         scores = {float(rate): f"{x:.1f}" for rate, x in scores.items()}
         rows.append([row, *(scores.get(rate, "") for rate in rates)])
     return markdown(rows)
-
-
-def levels(r):
-    """{p: {method: {seed: entry}}} of the conflict experiment; "joint at 0.008" is a method of its own."""
-    found = {}
-    for row, methods in r["runs"].items():
-        p, method = row.split(": ")
-        found.setdefault(float(p.removeprefix("p = ")), {})[method] = next(iter(methods.values()))
-    return found
-
-
-def conflict(r):
-    """The toy grammar: what joint training loses, and what projection brings back, by the share of contradictions."""
-    methods = ("single", "joint", "ortho")
-    rows = [
-        [
-            "contradictions",
-            *methods,
-            "single − joint",
-            "ortho − joint",
-            "ortho: share of the gap",
-            "conflicts",
-            "lr of each",
-        ]
-    ]
-    where, lines = {"scores higher than": [], "scores lower than": [], "is not shown to differ from": []}, []
-    for p, runs in levels(r).items():
-        a = averages(runs)
-        gap, gain = a["single"] - a["joint"], a["ortho"] - a["joint"]
-        where[verdict(interval(gain), *where)].append(f"p = {p:g}")
-        rate = np.mean([e["conflicts"]["rate"] for e in runs["ortho"].values()])
-        rows.append(
-            [
-                f"p = {p:g}",
-                *(mean_and_spread(a[m]) for m in methods),
-                signed(interval(gap), 1),
-                signed(interval(gain), 1),
-                share(gain, gap),
-                f"{100 * rate:.1f} %",
-                " ".join(f"{r['chosen'][f'p = {p:g}: {m}']:g}" for m in methods),
-            ]
-        )
-        for base in [m for m in a if " at " in m]:
-            lines += [compared(a, m, base).rstrip(".") + f" at p = {p:g}." for m in ("single", "ortho")]
-    words = "; ".join(f"{words} `joint` at {', '.join(at)}" for words, at in where.items() if at)
-    return [
-        markdown(rows),
-        "\n".join([f"- `ortho` {words}.", *lines]),
-        f"Averages over four toy tasks, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
-        "deviation), 95 % intervals of paired differences in points; each row's rate chosen on 300 held-out rows "
-        "of each task by two other seeds. One grammar and one pretrained encoder.",
-        MORE,
-        held_out(r),
-    ]
-
-
-def matters(r):
-    """Variants of the method on the toy grammar, each against joint training in its own setting."""
-    rows = [["variant", "average", "− joint, 95 % interval", "conflicts", "norm removed", "lr"]]
-    average = {row: averages(methods).popitem()[1] for row, methods in r["runs"].items()}
-    for row, x in average.items():
-        base = next((f"joint, {other}" for other in ("SGD", "batch 4") if row.endswith(other)), "joint")
-        seen = [e["conflicts"] for e in next(iter(r["runs"][row].values())).values() if "conflicts" in e]
-        gain = "" if row == base else signed(interval(x - average[base])) + f" ({base})" * (base != "joint")
-        rows.append(
-            [
-                row,
-                mean_and_spread(x),
-                gain,
-                f"{100 * np.mean([c['rate'] for c in seen]):.1f} %" if seen else "",
-                f"{100 * np.mean([c['removed'] for c in seen]):.1f} %" if seen else "",
-                f"{r['chosen'][row]:g}",
-            ]
-        )
-    gap = average["single"] - average["joint"]
-    shares = [
-        f"`{row}` {share(average[row] - average['joint'], gap)}"
-        for row in ("ortho", "pcgrad", "joint, balanced", "ortho, balanced")
-    ]
-    pairs = [
-        ("ortho", "pcgrad"),
-        ("joint, balanced", "ortho"),
-        ("ortho, balanced", "joint, balanced"),
-        ("joint, balanced", "single"),
-    ]
-    return [
-        markdown(rows),
-        "\n".join(
-            [
-                f"- Share of the gap, single − joint {signed(interval(gap))}: {', '.join(shares)}.",
-                *(compared(average, row, base) for row, base in pairs),
-            ]
-        ),
-        f"The toy grammar at p = 0.5, {r['settings']['steps']} steps, {len(r['seeds'])} seeds (± their standard "
-        "deviation); each variant against joint training with the same optimizer and batches (named where it is "
-        "not plain `joint`), its rate chosen on 300 held-out rows of each task by two other seeds.",
-        MORE,
-        held_out(r),
-    ]
-
-
-def off_diagonal(x):
-    x = np.asarray(x)
-    return x[..., ~np.eye(x.shape[-1], dtype=bool)].mean(-1)
-
-
-def on_diagonal(x):
-    return np.diagonal(np.asarray(x), axis1=-2, axis2=-1).mean(-1)
-
-
-def noise(r):
-    """Two batches of one task against each other, beside batches of two tasks."""
-    rows = [
-        [
-            "rank",
-            "conflicts: two tasks",
-            "one task, two batches",
-            "cosine: two tasks",
-            "one task, two batches",
-            "two tasks, without noise",
-        ]
-    ]
-    for rank, found in r["ranks"].items():
-        rates, cosines = np.array(found["rates"]), np.array(found["cosines"])  # (blocks, T, T)
-        mean = cosines.mean(0)
-        rows.append(
-            [
-                rank,
-                f"{100 * off_diagonal(rates).mean():.1f} %",
-                f"{100 * on_diagonal(rates).mean():.1f} %",
-                f"{off_diagonal(mean):+.4f}",
-                f"{on_diagonal(mean):+.4f}",
-                f"{off_diagonal(clean(mean)):+.2f}",
-            ]
-        )
-    eight = r["ranks"]["8"]
-    by_factor = []
-    for f in "AB":
-        chosen = np.array([name.endswith("." + f) for name in eight["blocks"]])
-        rates = np.array(eight["rates"])[chosen]
-        by_factor.append(
-            f"{f}: {100 * off_diagonal(rates).mean():.1f} % between tasks, "
-            f"{100 * on_diagonal(rates).mean():.1f} % within one"
-        )
-    time = np.array(eight["rates by time"])
-    fifths = ", ".join(f"{100 * off_diagonal(x):.1f} / {100 * on_diagonal(x):.1f}" for x in time)
-    mean, names = clean(np.array(eight["cosines"]).mean(0)), r["tasks"]
-    pairs = [
-        f"{names[i]}-{names[j]} {(mean[i, j] + mean[j, i]) / 2:+.2f}"
-        for i, j in itertools.combinations(range(len(names)), 2)
-    ]
-    s = r["settings"]
-    return [
-        markdown(rows),
-        "- At rank 8, " + "; ".join(by_factor) + ".\n"
-        f"- Over the fifths of training, between tasks / within one: {fifths} %.\n"
-        f"- Cosines without noise, by pair: {', '.join(pairs)}.",
-        f"Joint training of four tasks, {s['steps']} steps, two batches of {s['batch_size']} per task and step, at "
-        f"most {s['max_length']} tokens, one seed. A conflict is a negative dot product within one factor, 50 % "
-        "for unrelated directions. Without noise: c_ij / √(c_ii c_jj), c the mean cosine of two independent "
-        "batches.",
-    ]
-
-
-def clean(c):
-    """Cosines (T, T) between independent halves, freed of the noise that shows on the diagonal; NaN where all is."""
-    size = np.sqrt(np.clip(np.diagonal(c), 0, None))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (c + c.T) / 2 / np.outer(size, size)
 
 
 def given_rates(r):
@@ -474,11 +571,6 @@ def trust(r):
 
 TABLES = {
     "main": comparison,
-    "three": comparison,
-    "balance": comparison,
-    "conflict": conflict,
-    "matters": matters,
-    "noise": noise,
     "lori": lori,
     "continual": continual,
     "demo": demo,
@@ -576,13 +668,24 @@ def draw(results):
         "figure.dpi": 100,
     }
     made = {"method": schematic(plt)}
-    for name, figure in (("main", figure_main), ("conflict", figure_conflict), ("noise", figure_noise)):
-        if name in results:
-            made[name] = figure(plt, results[name])
+    if "main" in results:
+        made["main"] = figure_main(plt, results["main"])
+    for name, (cells, tasks) in DIFFERENCES.items():
+        there = {cell: rows for cell, rows in units_of(RESULTS / name).items() if cell in cells}
+        if there:
+            made[name] = results[name], figure_differences(plt, there, tasks)
     return made
 
 
-BLUE, RED, GREY, GREEN = "#2b6cb0", "#c53030", "#a0aec0", "#2f855a"
+# {experiment: (cells in one figure, tasks in its panels)}
+DIFFERENCES = {
+    "toy": (("p = 0.5, 400 steps", "p = 0.5, 1600 steps"), ("", "sst2")),
+    "scales": (("W = 10, 400 steps", "W = 10, 1500 steps"), ("", "sst2", "stsb")),
+}
+
+
+BLUE, RED, GREY = "#2b6cb0", "#c53030", "#a0aec0"
+COLORS, MARKERS = ("#0072b2", "#d55e00", "#009e73"), "osD"  # Okabe and Ito's, for all eyes
 
 
 def schematic(plt):
@@ -640,49 +743,26 @@ def figure_main(plt, r):
     return r, figure
 
 
-def figure_conflict(plt, r):
-    """The gap, and what is left of it, against the share of contradictions."""
-    p = list(levels(r))
-    figure, axis = plt.subplots(figsize=(6.5, 2.8))
-    for method, color, name in (("single", RED, "single − joint: the gap"), ("ortho", BLUE, "ortho − joint")):
-        found = np.array([interval(averages(m)[method] - averages(m)["joint"]) for m in levels(r).values()])
-        axis.fill_between(p, found[:, 1], found[:, 2], color=color, alpha=0.2, lw=0)
-        axis.plot(p, found[:, 0], "o-", color=color, ms=4, label=name)
-    for x, runs in levels(r).items():
-        a = averages(runs)
-        for base in [m for m in a if " at " in m]:
-            for method, color in (("single", RED), ("ortho", BLUE)):
-                axis.plot(x, (a[method] - a[base]).mean(), "o", color=color, mfc="white", ms=5)
-    axis.plot([], [], "o", color="black", mfc="white", ms=5, label="the same, all at one learning rate")
-    axis.axhline(0, color="black", lw=0.8)
-    axis.set(xlabel="share p of traits on which the toy tasks contradict each other", ylabel="points", xticks=p)
-    axis.legend(frameon=False, fontsize=9)
+def figure_differences(plt, cells, tasks):
+    """Rows less joint with 95 % intervals, a panel for each task or the average, a colour for each cell."""
+    names = [row for row in next(iter(cells.values())) if row != "joint"]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 0.9 + 0.34 * len(names)), sharey=True)
+    for axis, task in zip(axes, tasks, strict=True):
+        for k, (cell, rows) in enumerate(cells.items()):
+            for y, row in enumerate(reversed(names)):
+                x = differences(values(rows[row], task), values(rows["joint"], task)) if row in rows else []
+                if len(x) < 2:
+                    continue
+                mean, low, high = interval(x)
+                at = y + 0.28 * (0.5 * (len(cells) - 1) - k)
+                axis.plot([low, high], [at, at], color=COLORS[k], lw=2, solid_capstyle="butt")
+                axis.plot(mean, at, MARKERS[k], color=COLORS[k], ms=5, label=cell if y == 0 else None)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(title=task or "average", xlabel="points above joint", yticks=range(len(names)))
+        axis.set_yticklabels(list(reversed(names)))
+    axes[0].legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=len(cells))
     figure.tight_layout()
-    return r, figure
-
-
-def figure_noise(plt, r):
-    """Conflict rates by layer and factor: two tasks, and one task against itself."""
-    eight = r["ranks"]["8"]
-    rates, layers = np.array(eight["rates"]), {}
-    for i, name in enumerate(eight["blocks"]):
-        layers.setdefault((name[-1], int(re.search(r"\.(\d+)\.", name)[1])), []).append(i)
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.5), sharey=True)
-    for axis, factor in zip(axes, "AB", strict=True):
-        numbers = sorted(number for f, number in layers if f == factor)
-        for values, color, name in (
-            (off_diagonal(rates), RED, "two tasks"),
-            (on_diagonal(rates), GREY, "one task, two batches"),
-        ):
-            axis.plot(
-                numbers, [100 * values[layers[factor, n]].mean() for n in numbers], "o-", color=color, ms=4, label=name
-            )
-        axis.axhline(50, color="black", lw=0.8, ls=":")
-        axis.set(title=f"factor {factor}", xlabel="layer", xticks=numbers, ylim=(0, 60))
-    axes[0].set_ylabel("pairs in conflict, %")
-    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
-    figure.tight_layout()
-    return r, figure
+    return figure
 
 
 def checksum(shown):
@@ -750,10 +830,14 @@ def main():
 
     for path in paths:
         settle(path.with_name("results.md"), table(path))
+    results = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    for folder in sorted(path.parent for path in RESULTS.glob("*/units")):
+        results[folder.name] = experiment_table(folder)
+        settle(folder / "results.md", results[folder.name])
+    settle(RESULTS / "contrasts.md", contrast_table())
     settle(RESULTS / "cost.md", cost())
     for page in PAGES:
         settle(page, point(embed(page.read_text(), page), page))
-    results = {path.parent.name: json.loads(path.read_text()) for path in paths}
     if args.check:
         shown_figures = {x for page in PAGES for x in re.findall(r"results/(\w+)\.svg\)", page.read_text())}
         for name in sorted(shown_figures):
@@ -769,7 +853,7 @@ def main():
         or (
             "the pages and the tables are as the results have them"
             if args.check
-            else f"{len(paths)} tables, and the blocks of {len(PAGES)} pages"
+            else f"{len(results)} tables, and the blocks of {len(PAGES)} pages"
         )
     )
     sys.exit(bool(wrong))

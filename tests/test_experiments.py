@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -16,14 +15,19 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import bench  # noqa: E402
 import continual  # noqa: E402
-import report  # noqa: E402
+import controls  # noqa: E402
+import flipped  # noqa: E402
+import plan  # noqa: E402
+import premise  # noqa: E402
 import reproduce  # noqa: E402
 
 import evaluate  # noqa: E402
+import lora  # noqa: E402
 import lori  # noqa: E402
 import train  # noqa: E402
-from glue import score  # noqa: E402
+from glue import inputs, score  # noqa: E402
 from support.checkpoint import read_safetensors  # noqa: E402
+from support.toy import make_demo  # noqa: E402
 
 TASKS = ("sst2", "mrpc", "stsb")
 
@@ -222,96 +226,319 @@ def test_waits_profiles_ten_steps_of_the_loop(demo, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reproduce.py
+# controls.py
 
 
-def test_reproduce_chooses_rates_runs_seeds_and_goes_on(tmp_path, demo, monkeypatch, capsys):
-    """A small experiment with rates to choose from, on the demo's files; a second call runs nothing again."""
-    rows = {m: f"--methods {m}" for m in ("single", "joint", "ortho")}
-    experiment = reproduce.Experiment(
-        "small",
-        rows | {"joint at 0.01": "--methods joint --lr 1e-2"},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32",
-        2,
-        {"": (1e-3, 1e-1), "joint at 0.01": ()},
+def gram_of(T=3, blocks=2, n=5, seed=0):
+    g = torch.randn(blocks, T, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return g, g @ g.mT
+
+
+def test_the_agreeing_sham_by_hand():
+    """v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j where the two agree, as if what it has gained so far had the other sign."""
+    g, gram = gram_of()
+    order = torch.tensor([[1, 2], [2, 0], [0, 1]])
+    C = controls.agree(gram, order)
+    for b, i in itertools.product(range(2), range(3)):
+        weights = torch.eye(3, dtype=torch.float64)[i]
+        for j in order[i].tolist():
+            turned = sum(weights[k] * gram[b, k, j] * (1 if k == j else -1) for k in range(3))
+            weights[j] += max(0.0, -turned / gram[b, j, j])
+        assert torch.allclose(C[b, i], weights)
+    two = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]]).double()  # g_0 is twice as long, and they agree
+    assert controls.agree(two, [[1], [0]]).tolist() == [[[1, 1], [0.25, 1]]]
+    assert torch.equal(controls.projection_coefficients(two, [[1], [0]]), torch.eye(2)[None].double())
+
+
+def test_the_late_sham_is_one_step_behind():
+    late, order = controls.late(), torch.tensor([[1, 2], [2, 0], [0, 1]])
+    grams = [gram_of(seed=seed)[1] for seed in range(3)]
+    got = [late(gram, order) for gram in grams]
+    assert torch.equal(got[0], torch.eye(3).double().expand(2, 3, 3))
+    for before, C in zip(grams, got[1:], strict=False):
+        assert torch.equal(C, controls.projection_coefficients(before, order))
+
+
+def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_path, flags):
+    outs = {name: tmp_path / name for name in ("plain", "none", "agree", "late")}
+    ortho = [*flags, "--methods=ortho", "--per-task=loop", "--save-every=1e9"]
+    assert not train.main([*ortho, f"--out={outs['plain']}"])
+    assert not controls.main([*ortho, f"--out={outs['none']}"])
+    for name in ("agree", "late"):
+        assert not controls.main([*ortho, f"--control={name}", f"--out={outs[name]}"])
+        assert json.loads((outs[name] / "settings.json").read_text())["settings"]["control"] == name
+    logs = {name: (out / "ortho/seed0/log.jsonl").read_text() for name, out in outs.items()}
+    assert logs["plain"] == logs["none"] and len(set(logs.values())) == 3
+    first = {name: json.loads(text.splitlines()[0]) for name, text in logs.items()}
+    assert set(first["late"]["effective"].values()) == {1.0} != set(first["agree"]["effective"].values())
+    assert train.projection is not None and "control" not in train.Settings.__dataclass_fields__
+    assert controls.main([*ortho, f"--out={outs['agree']}", "--resume"]) == 2  # without its control
+    losses = json.loads((outs["plain"].with_name("none") / "losses.json").read_text())["ortho"]["0"]
+    encoder, _, (data, *_) = train.load(train.Settings(**train.parse(flags)))
+    model = evaluate.load_tuned(encoder, outs["none"] / "ortho" / "seed0" / data.name, data.name).eval()
+    with torch.no_grad():
+        logits = torch.cat([model(data.name, *inputs([x], 0, torch.device("cpu"))) for x in data.validation])
+    expected = torch.nn.functional.cross_entropy(logits, torch.as_tensor(data.validation_labels))
+    assert losses[data.name]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    share = np.unique(logits.argmax(1), return_counts=True)[1].max() / len(logits)
+    assert losses[data.name]["commonest"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--control=agree", "--methods=joint"], "stands in for a projection"),
+        (["--control=agree", "--sequential"], "which does not use what it replaces"),
+        (["--control=late"], "one method, one seed, and --save-every"),
+        (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
+        (["--jobs=2"], "workers would know nothing of --control"),
+        (["--control=early"], "'early' is none of"),
+    ],
+)
+def test_what_a_control_can_not_do_is_refused(more, words, tmp_path, flags, capsys):
+    assert controls.main([*flags, "--methods=ortho", f"--out={tmp_path / 'out'}", *more]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# premise.py
+
+
+def test_products_of_group_means_by_two_loops():
+    G, T, n = 5, 3, 7
+    x = torch.randn(G, T, n, dtype=torch.float64)
+    c, without = premise.unbiased(torch.einsum("gin,hjn->gihj", x, x))
+    for left_out in (None, *range(G)):
+        groups = [g for g in range(G) if g != left_out]
+        pairs = [(g, h) for g in groups for h in groups if g != h]
+        expected = sum(x[g] @ x[h].T for g, h in pairs) / len(pairs)
+        assert torch.allclose(c if left_out is None else without[left_out], expected)
+
+
+def test_the_cosine_of_means_is_found_in_noise_with_its_error():
+    """Two directions at 60°, drowned in each batch; over many trials the error that is said is the one that is made."""
+    mean, found = torch.tensor([[2.0, 0.0], [1.0, 3**0.5]], dtype=torch.float64), []
+    for seed in range(200):
+        noise = torch.randn(8, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = mean + 0.5 * noise
+        (described, *_) = premise.described(torch.einsum("gin,hjn->gihj", x, x))
+        found.append((described["cosine"][0][1], described["error"][0][1]))
+    values, errors = np.array(found).T
+    assert values.mean() == pytest.approx(0.5, abs=0.02)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.2)
+
+
+def test_the_change_of_the_weights_is_its_derivative():
+    layer = lora.LoRALinear(torch.nn.Linear(5, 4), r=2, alpha=3)
+    dA, dB = torch.randn(1, 2, 5), torch.randn(1, 4, 2)
+    layer.B.data.normal_()
+    _, tangent = torch.func.jvp(lambda A, B: layer.scale * B @ A, (layer.A.data, layer.B.data), (dA[0], dB[0]))
+    assert torch.allclose(premise.change_of_weights(layer, dA, dB)[0], tangent.flatten(), atol=1e-6)
+
+
+def test_premise_measures_at_fixed_points(tmp_path, flags, monkeypatch):
+    monkeypatch.setattr(premise, "POINTS", (2,))
+    monkeypatch.setattr(premise, "BATCHES", 2)
+    monkeypatch.setattr(premise, "GROUPS", 4)
+    assert not premise.main([*flags, f"--out={tmp_path}"])
+    points = json.loads((tmp_path / "results.json").read_text())["methods"]["joint"]["0"]["points"]
+    assert list(points) == ["2", "6"]
+    for found in points.values():
+        assert {"A", "B", "A and B", "weights", "A less B", "rate", "norms"} == found.keys()
+        assert np.shape(found["B"]["cosine"]) == (3, 3) and 0 <= found["rate"] <= 1
+        assert found["B"]["cosine"][0][0] in (None, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flipped.py
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    """A GLUE of MRPC and QQP with as many rows as flipped.py wants, made small."""
+    monkeypatch.setattr(flipped, "TRAIN", (4, 8))
+    monkeypatch.setattr(flipped, "VALIDATION", (3, 4))
+    rows = {}
+    for task, opening in (("mrpc", "A man"), ("qqp", None)):
+        for split in ("train", "validation"):
+            rows.setdefault(task, {})[split] = [
+                (f"{opening or ('How is' if n % 2 else 'Is it')} {split} {n}", f"other {n}", n // 2 % 2)
+                for n in range(40)
+            ]
+    flipped.write(tmp_path / "glue", rows)
+    return tmp_path / "glue"
+
+
+def test_flipped_tasks_differ_where_it_is_said_and_only_there(tmp_path, pairs):
+    plain, half, all_of_it = (flipped.make(str(pairs), share, 0) for share in (0, 0.5, 1))
+    for tasks in (plain, half, all_of_it):
+        train_rows = [{row[:2] for row in tasks[task]["train"]} for task in ("mrpc", "qqp")]
+        assert [len(rows) for rows in train_rows] == [12, 12] and not train_rows[0] & train_rows[1]
+        a, b = (tasks[task]["validation"] for task in ("mrpc", "qqp"))
+        assert len(a) == 7 and [row[:2] for row in a] == [row[:2] for row in b]
+        assert tasks["mrpc"] == plain["mrpc"]
+    for tasks, share in ((plain, 0), (half, 0.5), (all_of_it, 1)):
+        for split in ("train", "validation"):
+            for was, row in zip(plain["qqp"][split], tasks["qqp"][split], strict=True):
+                question, how = not row[0].startswith("A man"), row[0].startswith("How")
+                turned = question and (share == 1 or (share == 0.5 and how))
+                assert row[:2] == was[:2] and (row[2] != was[2]) == turned
+        questions = [row for row in tasks["qqp"]["train"] if not row[0].startswith("A man")]
+        assert sum(row[0].startswith("How") for row in questions) == len(questions) / 2
+
+
+def test_a_flipped_folder_is_one_that_train_py_reads(tmp_path, pairs, demo):
+    assert not flipped.main([str(tmp_path / "out"), f"--glue={pairs}", "--share=1"])
+    s = train.Settings(model=str(demo / "model"), glue=str(tmp_path / "out"), tasks="mrpc,qqp", max_length=32)
+    _, _, (a, b) = train.load(s)
+    tasks = flipped.make(str(pairs), 1, 0)
+    assert a.train_labels.tolist() == [row[2] for row in tasks["mrpc"]["train"]]
+    assert b.validation_labels.tolist() == [row[2] for row in tasks["qqp"]["validation"]]
+
+
+def test_too_few_rows_are_said(tmp_path, pairs, monkeypatch, capsys):
+    monkeypatch.setattr(flipped, "TRAIN", (4, 80))
+    assert flipped.main([str(tmp_path / "out"), f"--glue={pairs}"]) == 2
+    assert "40 rows wanted, 20 there" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plan.py and reproduce.py
+
+
+@pytest.fixture
+def small(tmp_path, demo, monkeypatch):
+    """reproduce.py with a small experiment on the demo's files; call it, and get the units' files."""
+
+    def call(cells, *more):
+        monkeypatch.setitem(reproduce.EXPERIMENTS, "small", ("A small one.", cells))
+        arguments = ["reproduce.py", "small", "--model", str(demo / "model"), "--glue", str(demo / "glue"), *more]
+        arguments += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        reproduce.main()
+        return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("results/small/units/*")}
+
+    return call
+
+
+SMALL = "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32"
+
+
+def test_reproduce_runs_what_is_missing_and_says_where_it_comes_from(tmp_path, small, capsys):
+    rows = {"joint": "--methods joint", "ortho, agree": "--methods ortho --control agree --lr 1e-2"}
+    cells = {"one": plan.Cell(SMALL, rows, range(2)), "never": plan.Cell(SMALL, rows, range(1), wanted=False)}
+    assert not small(cells, "--minutes=0")
+    found = small(cells, "--jobs=2")
+    assert len(found) == 4 and set(found) == {f"one-{row}-seed{n}" for row in ("joint", "ortho-agree") for n in (0, 1)}
+    unit = found["one-ortho-agree-seed1"]
+    assert unit["command"].startswith("python experiments/controls.py --tasks sst2,mrpc") and str(tmp_path) not in str(
+        unit
     )
-    monkeypatch.setattr(reproduce, "HOLDOUT", 20)
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "main", experiment)
-    arguments = ["reproduce.py", "main", "--model", str(demo / "model"), "--glue", str(demo / "glue"), "--jobs", "2"]
-    arguments += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    reproduce.main()
-    assert capsys.readouterr().out.count(" s\n") == 3 * 2 + 4 * 2
-    path = tmp_path / "results" / "main" / "results.json"
-    r = json.loads(path.read_text())
-    assert {"command", "commit", "seeds", "hardware", "minutes"} <= r.keys()
-    assert r["chosen"]["joint at 0.01"] == 0.01 and not r["held_out"].pop("joint at 0.01")
-    for row, scores in r["held_out"].items():
-        assert r["chosen"][row] == float(max(scores, key=scores.get))
-    one = json.loads((tmp_path / "runs" / "main" / "ortho seed 1" / "results.json").read_text())
-    assert one["settings"]["lr"] == r["chosen"]["ortho"] and one["seeds"] == [1] and one["settings"]["holdout"] == 0
-    average = one["methods"]["ortho"]["1"]["average"]
-    assert r["runs"]["ortho"]["ortho"]["1"]["average"] == pytest.approx(average, abs=1e-4)
-    text = report.table(path)
-    assert f"| {r['chosen']['ortho']:g} |" in text and "| ortho" in text and "commit" in text
-    reproduce.main()
-    assert " s\n" not in capsys.readouterr().out and report.table(path) == text
-
-
-def test_reproduce_runs_continual_and_goes_on_where_a_run_was_interrupted(tmp_path, demo, monkeypatch, capsys):
-    """One unit is finished, the call was not: the unit is kept, and the rest is run."""
-    experiment = reproduce.Experiment(
-        "small",
-        {"LoRA: sst2,mrpc": "--methods single --lr 1e-3", "LoRI: sst2,mrpc": "--methods lori-d,lori-s --lr 1e-3"},
-        "--tasks sst2,mrpc --steps 2 --batch-size 4 --max-length 32",
-        2,
-        script="experiments/continual.py",
+    assert (
+        "--control agree" in unit["command"] and "--seeds 1" in unit["command"] and "--model MODEL" in unit["command"]
     )
-    monkeypatch.setitem(reproduce.EXPERIMENTS, "continual", experiment)
-    arguments = ["reproduce.py", "continual", "--model", str(demo / "model"), "--glue", str(demo / "glue")]
-    arguments += ["--jobs", "2", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    reproduce.main()
-    path, folder = tmp_path / "results/continual/results.json", tmp_path / "runs/continual/LoRI: sst2,mrpc seed 1"
-    first, kept = json.loads(path.read_text()), folder / "lori-d" / "seed1" / "result.json"
-    assert np.shape(first["runs"]["LoRI: sst2,mrpc"]["lori-s"]["1"]["matrix"][1]) == (2,)
-    assert re.search(r"^\| sst2, mrpc \| +LoRA \|", report.table(path), re.M)
-    for name in ("commit.txt", "lori-s/seed1/result.json"):  # as if killed there
-        (folder / name).unlink()
-    before = kept.stat().st_mtime_ns
+    assert {"commit", "source", "hardware", "torch", "seconds", "date", "majority"} <= unit.keys()
+    run = json.loads((tmp_path / "runs/small/one-ortho-agree-seed1/results.json").read_text())
+    assert run["settings"]["lr"] == 1e-2 and run["settings"]["control"] == "agree"
+    entry, kept = run["methods"]["ortho"]["1"], unit["results"]["ortho"]
+    assert kept["average"] == pytest.approx(entry["average"], abs=1e-4) and "blocks" not in kept["conflicts"]
+    assert {"accuracy", "score", "loss", "commonest"} <= kept["tasks"]["sst2"].keys()
+    (tmp_path / "results/small/units/one-joint-seed0.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/small/units/*")}
     capsys.readouterr()
-    reproduce.main()
-    assert capsys.readouterr().out.count(" s\n") == 1 and kept.stat().st_mtime_ns == before
-    assert json.loads(path.read_text())["runs"] == first["runs"]
+    assert small(cells) == found or capsys.readouterr()
+    assert all(path.stat().st_mtime_ns == old for path, old in before.items())
+    assert len(small(cells, "--cell=never")) == 6
 
 
-def test_a_failing_run_says_where_its_output_is(tmp_path):
+def test_units_come_seed_by_seed():
+    cell = plan.Cell(SMALL, {"a": "", "b": ""}, range(2))
+    cells = {"x": cell, "y": plan.Cell(SMALL, {"c": ""}, range(7, 8))}
+    reproduce.EXPERIMENTS["order"] = ("", cells)
+    try:
+        assert [(u.name, u.row, u.seed) for u in reproduce.units("order")] == [
+            ("x", "a", 0), ("x", "b", 0), ("y", "c", 7), ("x", "a", 1), ("x", "b", 1),
+        ]  # fmt: skip
+    finally:
+        del reproduce.EXPERIMENTS["order"]
+
+
+def test_reproduce_runs_continual(small):
+    rows = {"LoRA": "--methods single", "LoRI": "--methods lori-s"}
+    cell = plan.Cell(SMALL + " --lr 1e-3", rows, range(1), script="experiments/continual.py")
+    found = small({"sst2, mrpc": cell})
+    assert np.shape(found["sst2-mrpc-LoRI-seed0"]["results"]["lori-s"]["matrix"][1]) == (2,)
+
+
+def test_a_failing_unit_says_where_its_output_is(tmp_path, small):
     with pytest.raises(SystemExit, match=r"ended with 2; see .*output.txt"):
-        reproduce.run(tmp_path / "x", "train.py", ["--model", str(tmp_path / "none"), "--glue", str(tmp_path)], 1)
-    assert not (tmp_path / "x" / "commit.txt").exists()
+        small({"one": plan.Cell(SMALL + " --lr -1", {"joint": "--methods joint"}, range(1))})
+    assert not (tmp_path / "results").exists()
 
 
-def test_every_flag_of_an_experiment_is_its_scripts():
-    for experiment in reproduce.EXPERIMENTS.values():
-        parse, check = (
-            (continual.parse, continual.check) if "continual" in experiment.script else (train.parse, train.check)
-        )
-        settings = continual.Settings if "continual" in experiment.script else train.Settings
-        for row in experiment.rows.values():
-            given = reproduce.chosen(f"{experiment.flags} {experiment.full} {row}")
-            words = [word for flag, x in given.items() for word in ([flag] if x is True else [flag, x])]
-            check(settings(**parse(words)))
+def test_every_flag_of_the_plan_is_its_scripts():
+    for name in plan.EXPERIMENTS:
+        files = [str(unit) for unit in reproduce.units(name)]
+        assert len(set(files)) == len(files)
+        for unit in reproduce.units(name):
+            script, *words = reproduce.words(unit, "m", "g")
+            if "continual" in script:
+                continual.check(continual.Settings(**continual.parse(words)))
+                continue
+            plain, train.Settings = train.Settings, controls.Settings
+            try:
+                s = controls.Settings(**train.parse(words))
+            finally:
+                train.Settings = plain
+            train.check(s)
+            controls.check(s)
 
 
-def test_noise_measures_one_task_against_itself(demo, monkeypatch):
-    """At B = 0 only B has a gradient; a task whose two batches are the same has cosine 1 with itself."""
-    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2,mrpc", steps=5, batch_size=8)
-    s.max_length, s.dtype, s.per_task, s.lr, s.device = 32, "fp32", "loop", 0.0, "cpu"
-    _, frozen, tasks = train.load(s)
-    draw = reproduce.batches_of_steps
-    monkeypatch.setattr(reproduce, "batches_of_steps", lambda tasks, seed, *others: draw(tasks, 0, *others))
-    found = reproduce.measure(frozen, tasks, s)
-    cosines, is_A = np.array(found["cosines"]), np.array([name.endswith(".A") for name in found["blocks"]])
-    assert np.all(cosines[is_A] == 0) and np.allclose(report.on_diagonal(cosines[~is_A]), 1, atol=1e-5)
-    assert np.all(np.abs(report.off_diagonal(cosines[~is_A])) < 0.9)
-    assert np.shape(found["rates by time"]) == (reproduce.BINS, 2, 2)
+def test_every_contrast_is_of_rows_that_the_plan_has():
+    assert len(plan.CONTRASTS) <= 4
+    for c in plan.CONTRASTS:
+        if c.experiment in plan.EXPERIMENTS:
+            cell = plan.EXPERIMENTS[c.experiment][1][c.cell]
+            assert {c.row, c.base} <= cell.rows.keys() and len(cell.seeds) >= 5
+
+
+# The numbers of one tiny run. Units stand in experiments/results that were made by this code: whoever changes what it
+# computes changes these, and has to run them again, or take the change back.
+
+TINY = {
+    "single": [0.81692, 2.5522, 0.74288, 1.6875, 2.427, 18.068],
+    "joint": [0.71558, 0.79869, 2.3955, 17.783],
+    "pcgrad": [0.71456, 0.79316, 2.4402, 18.226, 6.3133, 3.3474, 1.0941],
+    "ortho": [0.71515, 0.79882, 2.411, 17.922, 4.9655, 4.4353, 1.1093],
+    "lori-d": [0.82226, 2.6213, 0.74673, 1.7682, 2.5324, 19.023],
+    "balance": [0.71358, 0.78118, 2.5213, 19.049, 1.0006, 1.3225, 1.4104],
+    "agree": [0.71593, 0.80001, 2.4434, 18.103, 3.3748, 1.1232, 1.0002],
+    "late": [0.7158, 0.80025, 2.3921, 17.74, 1.0117, 1.0, 1.0001],
+}
+
+
+def tiny_runs(folder):
+    """{method or sham: {"loss": of the last step by task, "norm": the gradient's, "effective": weights}}, 4 steps each.
+
+    The encoder is as good as random, so that no pretraining's rounding is in it.
+    """
+    toy, found = make_demo(folder / "toy", rows=60, steps=1, quiet=True), {}
+    flags = ["--tasks=sst2,mrpc,stsb", "--steps=4", "--batch-size=4", "--max-length=32", "--lr=3e-2", "--device=cpu"]
+    flags += [f"--model={toy}/model", f"--glue={toy}/glue", "--dtype=fp32", "--per-task=loop", "--dropout=0.1"]
+    for name in ("single", "joint", "pcgrad", "ortho", "lori-d", "balance", "agree", "late"):
+        method = [f"--methods={name if name in train.METHODS else 'ortho'}", f"--out={folder / name}"]
+        more = {"balance": ["--balance"], "agree": ["--control=agree"], "late": ["--control=late", "--save-every=1e9"]}
+        assert not controls.main([*flags, *method, *more.get(name, [])])
+        logs = [path.read_text().splitlines() for path in sorted((folder / name).rglob("log.jsonl"))]
+        last = [json.loads(lines[-1]) for lines in logs]
+        found[name] = [x for entry in last for x in (*entry["loss"].values(), entry["grad_norm"])]
+        found[name] += last[0].get("effective", {}).values()
+    return found
+
+
+def test_a_tiny_run_is_what_it_was_when_the_published_ones_were_made(tmp_path):
+    found = tiny_runs(tmp_path)
+    assert found.keys() == TINY.keys()
+    for name, numbers in TINY.items():
+        assert found[name] == pytest.approx(numbers, rel=2e-3), name

@@ -1,0 +1,136 @@
+"""Shams: what is left of Ortho-LoRA's gain where no conflict is resolved? train.py, with the projection replaced.
+
+    python experiments/controls.py --methods ortho --control agree …      the other flags are train.py's
+    python experiments/controls.py …                                      no sham: train.py as it is
+
+Both replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
+
+    agree    of the pairs that agree, instead: v_i = g_i; where <v_i, g_j> > 0: v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j.
+             As many pairs, weights as large, and the short gradient raised most; nothing is made orthogonal
+    late     C of the step before, on this step's gradients; at the first step, the identity. The lengths change slowly,
+             so it raises whom the projection raises; which batches disagree it knows only of the step before
+
+If they do as well, what helps is the weights and not the angles. Into OUT/losses.json goes what scores are too coarse
+to tell: each adapter's loss on the validation split, and the share of its commonest prediction (1: it has collapsed).
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ortholora  # noqa: E402
+import train  # noqa: E402
+from evaluate import load_tuned  # noqa: E402
+from glue import evaluation_batches, inputs  # noqa: E402
+from lora import merge_lora  # noqa: E402
+from support import table  # noqa: E402
+from support.checkpoint import BadInput, read_json, write_text  # noqa: E402
+
+projection_coefficients = ortholora.projection_coefficients
+
+
+def agree(gram, order):
+    """C of a Gram matrix whose products between tasks have the other sign."""
+    turned = -gram
+    turned.diagonal(dim1=1, dim2=2).neg_()
+    return projection_coefficients(turned, order)
+
+
+def late():
+    """A new `late`: it begins with the identity, and then is one step behind."""
+    before = []
+
+    def coefficients(gram, order):
+        before.append(projection_coefficients(gram, order))
+        return before.pop(0) if len(before) > 1 else projection_coefficients(gram, order[:, :0])
+
+    return coefficients
+
+
+@dataclass
+class Settings(train.Settings):
+    control: str = train.setting("", "the sham in the projection's place", ["", "agree", "late"])
+
+
+def check(s):
+    """What the shams can't do. Raises BadInput."""
+    methods = s.methods.split(",")
+    if s.control and not all(m in train.METHODS and train.METHODS[m].project for m in methods):
+        raise BadInput(
+            f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name only such"
+        )
+    if s.control and s.sequential:
+        raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
+    if s.jobs > 1:
+        raise BadInput("--jobs: workers would know nothing of --control; several processes can share an --out")
+    if s.control == "late" and ("," in s.seeds + s.methods or s.save_every < 1e6):
+        raise BadInput("--control late remembers a step: give one method, one seed, and --save-every 1e9")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside the scores
+
+
+@torch.inference_mode()
+def validation_loss(model, data):
+    """(mean loss, share of the commonest prediction) on the validation split.
+
+    The loss is cross-entropy in nats, or squared error over the variance of the training labels, as in training.
+    """
+    merge_lora(model.encoder).eval()
+    model.heads.eval()
+    device, logits = next(model.parameters()).device, [None] * len(data.validation)
+    for rows in evaluation_batches(data.validation, 64):
+        batch = inputs([data.validation[i] for i in rows], model.encoder.config.pad_token_id, device)
+        for i, x in zip(rows, model(data.name, *batch).cpu(), strict=True):
+            logits[i] = x
+    logits, labels = torch.stack(logits), torch.as_tensor(data.validation_labels)  # (n, outputs), (n,)
+    if data.regression:
+        return F.mse_loss(logits[:, 0], labels.float()).item() / data.label_variance(), 0.0
+    return F.cross_entropy(logits, labels).item(), logits.argmax(1).bincount().max().item() / len(labels)
+
+
+def losses(s):
+    """{method: {seed: {task: {"loss", "commonest"}}}} of the finished adapters in --out."""
+    encoder, _, tasks = train.load(s)
+    found = {}
+    for method in read_json(Path(s.out) / "results.json")["methods"]:
+        for seed, folder in table.seed_folders(Path(s.out), method).items():
+            for data in tasks:
+                loss, commonest = validation_loss(load_tuned(encoder, folder / data.name, data.name), data)
+                found.setdefault(method, {}).setdefault(str(seed), {})[data.name] = {
+                    "loss": loss,
+                    "commonest": commonest,
+                }
+    return found
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    plain, train.Settings = train.Settings, Settings  # so that the flag is parsed, and settings.json binds it
+    try:
+        s = Settings(**train.parse(argv))
+        train.check(s)
+        check(s)
+        if s.control:
+            ortholora.projection_coefficients = {"agree": agree, "late": late()}[s.control]
+        status = train.main(argv)
+        if not status and s.out:
+            write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")
+        return status
+    except (BadInput, OSError) as e:
+        print(f"controls.py: {e}", file=sys.stderr)
+        return 2
+    finally:
+        train.Settings, ortholora.projection_coefficients = plain, projection_coefficients
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What is run, and what is judged by it: data alone, committed before the runs. reproduce.py runs it.
+
+An experiment is a few cells. A cell is a setting; its rows differ in their method, and all run with the same seeds,
+so on the same batches: they are compared pair by pair. One row with one seed is a unit.
+
+What is chosen, a rate or a weight, is chosen in the cells called "search", by seeds and toy worlds from 1000 on and by
+training rows that are held out, and is then written down here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    flags: str  # of every row
+    rows: dict  # {row: flags}
+    seeds: range
+    data: str = (
+        "glue"  # or "toy P", a world of the toy grammar for each seed; or "flipped P", of experiments/flipped.py
+    )
+    script: str = "experiments/controls.py"
+    wanted: bool = True  # else it is run only where it is named
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """row - base, of one score in one cell."""
+
+    experiment: str
+    cell: str
+    row: str
+    base: str
+    score: str = "average"
+
+
+# The four that get the word "shown", where Holm's correction over all four leaves them (5 %, two-sided paired t tests).
+# Everything else is looked at, and no more.
+CONTRASTS = [
+    Contrast("toy", "p = 0.5, 1600 steps", "single", "joint"),
+    Contrast("scales", "W = 10, 400 steps", "ortho", "joint"),
+    Contrast("scales", "W = 10, 400 steps", "ortho", "ortho, agree"),
+    Contrast("contradiction", "p = 0.5", "ortho", "ortho, agree", "accuracy"),
+]
+
+SEARCH = range(1000, 1003)
+
+
+def at(rates, **rows):
+    """{"joint at 0.002": flags, …}: each row at each rate."""
+    return {f"{row} at {rate:g}": f"{flags} --lr {rate:g}" for row, flags in rows.items() for rate in rates}
+
+
+METHODS = {m: f"--methods {m}" for m in ("single", "joint", "pcgrad", "ortho")}
+THREE = {m: METHODS[m] for m in ("single", "joint", "ortho")}
+SHAMS = {
+    "ortho, agree": "--methods ortho --control agree",
+    "ortho, late": "--methods ortho --control late --save-every 1e9",
+}
+BALANCED = {"joint, balanced": "--methods joint --balance", "ortho, balanced": "--methods ortho --balance"}
+BALANCED_SHAM = {"ortho, balanced, agree": "--methods ortho --balance --control agree"}
+
+
+def static(*weights, others="1,1,1"):
+    """The first task's loss times each weight, all others' times 1."""
+    return {f"joint, weight {w}": f"--methods joint --task-weights {w},{others}" for w in weights}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# toy (E1): a gap that is made, and whether training closes it. sst2's gradients are a tenth as long as the others'.
+
+TOY = "--tasks sst2,mrpc,mnli,stsb --max-length 64"
+TOY_RATES = (4e-3, 8e-3, 1.6e-2)
+TOY_RATE = {400: 8e-3, 1600: 8e-3}  # joint's best, for every row
+TOY_WEIGHT = {400: 3, 1600: 3}  # the best of static weights for sst2
+TOY_ROWS = METHODS | SHAMS | BALANCED | BALANCED_SHAM
+
+TOY_CELLS = {
+    f"search, {steps} steps": Cell(f"{TOY} --steps {steps} --holdout 300", at(TOY_RATES, **THREE), SEARCH, "toy 0.5")
+    for steps in (400, 1600)
+}
+TOY_CELLS |= {
+    f"search, weights, {steps} steps": Cell(
+        f"{TOY} --steps {steps} --holdout 300 --lr {rate:g}", static(2, 3, 5), SEARCH, "toy 0.5"
+    )
+    for steps, rate in TOY_RATE.items()
+}
+TOY_CELLS |= {
+    f"p = 0.5, {steps} steps": Cell(
+        f"{TOY} --steps {steps} --lr {rate:g}", TOY_ROWS | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
+    )
+    for steps, rate in TOY_RATE.items()
+}
+TOY_CELLS |= {
+    f"p = 0, {steps} steps": Cell(f"{TOY} --steps {steps} --lr {rate:g}", THREE, range(15), "toy 0")
+    for steps, rate in TOY_RATE.items()
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# premise (E3): is there conflict beyond noise?
+
+PREMISE = "--tasks cola,mrpc,sst2,stsb,mnli --steps 400 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3"
+PREMISE_CELLS = {
+    "400 steps": Cell(
+        PREMISE,
+        {f"rank {r}": f"--rank {r} --alpha {2 * r}" for r in (1, 2, 8)},
+        range(3),
+        script="experiments/premise.py",
+    )
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scales (E2): real data where one task's loss is W times the others'. W = 2.144 is what a plain squared error does.
+
+SCALES = "--tasks rte,mrpc,sst2,stsb --batch-size 8 --max-length 64 --dtype bf16"
+SCALES_RATES, SCALES_RATE = (1e-3, 2e-3, 4e-3), 2e-3
+W = "--task-weights 1,1,1,{:g}"
+
+
+def weighted(rows, weight):
+    return {row: f"{flags} {W.format(weight)}" for row, flags in rows.items()}
+
+
+TWO = {m: METHODS[m] for m in ("joint", "ortho")}
+SCALES_CELLS = {
+    "search, W = 1": Cell(f"{SCALES} --steps 400 --holdout 300", at(SCALES_RATES, **THREE), SEARCH),
+    "search, W = 10": Cell(f"{SCALES} --steps 400 --holdout 300", at(SCALES_RATES, **weighted(TWO, 10)), SEARCH),
+    "W = 10, 400 steps": Cell(
+        f"{SCALES} --steps 400 --lr {SCALES_RATE:g}",
+        weighted({"joint": METHODS["joint"], "pcgrad": METHODS["pcgrad"], "ortho": METHODS["ortho"]} | SHAMS, 10)
+        | {f"joint, weight {weight}": f"{METHODS['joint']} {W.format(weight)}" for weight in (5, 2)},
+        range(8),
+    ),
+    "W = 1, 400 steps": Cell(f"{SCALES} --steps 400 --lr {SCALES_RATE:g}", METHODS | BALANCED, range(8)),
+    "W = 2.144, 400 steps": Cell(f"{SCALES} --steps 400 --lr {SCALES_RATE:g}", weighted(TWO, 2.144), range(8)),
+    "W = 10, 400 steps, other rates": Cell(f"{SCALES} --steps 400", at((1e-3, 4e-3), **weighted(TWO, 10)), range(8)),
+    "W = 10, 1500 steps": Cell(f"{SCALES} --steps 1500 --lr {SCALES_RATE:g}", weighted(TWO, 10), range(4)),
+    "W = 1, 1500 steps": Cell(
+        f"{SCALES} --steps 1500 --lr {SCALES_RATE:g}",
+        THREE | {"joint, balanced": BALANCED["joint, balanced"]},
+        range(4),
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
+
+CONTRADICTION = "--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3"
+CONTRADICTION_CELLS = {
+    "pilot": Cell(CONTRADICTION, {"single": METHODS["single"]}, range(1000, 1001), "flipped 0.5"),
+    "p = 0.5": Cell(
+        CONTRADICTION,
+        METHODS | {"ortho, agree": SHAMS["ortho, agree"], "joint, balanced": BALANCED["joint, balanced"]},
+        range(8),
+        "flipped 0.5",
+    ),
+    "p = 0": Cell(CONTRADICTION, THREE, range(3), "flipped 0"),
+    "p = 1": Cell(CONTRADICTION, THREE, range(3), "flipped 1"),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = {
+    "toy": ("Does the toy grammar's gap survive training, and what closes it?", TOY_CELLS),
+    "premise": ("Do the tasks' gradients conflict beyond their noise, and in A otherwise than in B?", PREMISE_CELLS),
+    "scales": ("On GLUE, with one loss ten times the others': what is lost, and what brings it back?", SCALES_CELLS),
+    "contradiction": (
+        "Does resolving conflict help as such? A part of the texts, labelled oppositely.",
+        CONTRADICTION_CELLS,
+    ),
+}
