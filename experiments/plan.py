@@ -43,6 +43,7 @@ CONTRASTS = [
 ]
 
 SEARCH = range(1000, 1003)
+STACKED = "--per-task stacked"  # without dropout the same as the loop, to rounding, and faster for models this small
 
 
 def at(rates, **rows):
@@ -69,29 +70,34 @@ def static(*weights, others="1,1,1"):
 # toy (E1): a gap that is made, and whether training closes it. sst2's gradients are a tenth as long as the others'.
 
 TOY = "--tasks sst2,mrpc,mnli,stsb --max-length 64"
-TOY_RATES = (4e-3, 8e-3, 1.6e-2)
+TOY_RATES = {400: (4e-3, 8e-3, 1.6e-2), 1600: (2e-3, 4e-3, 8e-3)}
 TOY_RATE = {400: 8e-3, 1600: 8e-3}  # joint's best, for every row
 TOY_WEIGHT = {400: 3, 1600: 3}  # the best of static weights for sst2
 TOY_ROWS = METHODS | SHAMS | BALANCED | BALANCED_SHAM
 
 TOY_CELLS = {
-    f"search, {steps} steps": Cell(f"{TOY} --steps {steps} --holdout 300", at(TOY_RATES, **THREE), SEARCH, "toy 0.5")
-    for steps in (400, 1600)
+    f"search, {steps} steps": Cell(
+        f"{TOY} {STACKED} --steps {steps} --holdout 300", at(rates, **THREE), SEARCH, "toy 0.5"
+    )
+    for steps, rates in TOY_RATES.items()
 }
+TOY_CELLS["search, 1600 steps, far too high"] = Cell(
+    f"{TOY} --steps 1600 --holdout 300", at((1.6e-2,), **THREE), SEARCH[:1], "toy 0.5"
+)
 TOY_CELLS |= {
     f"search, weights, {steps} steps": Cell(
-        f"{TOY} --steps {steps} --holdout 300 --lr {rate:g}", static(2, 3, 5), SEARCH, "toy 0.5"
+        f"{TOY} {STACKED} --steps {steps} --holdout 300 --lr {rate:g}", static(2, 3, 5), SEARCH, "toy 0.5"
     )
     for steps, rate in TOY_RATE.items()
 }
 TOY_CELLS |= {
     f"p = 0.5, {steps} steps": Cell(
-        f"{TOY} --steps {steps} --lr {rate:g}", TOY_ROWS | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
+        f"{TOY} {STACKED} --steps {steps} --lr {rate:g}", TOY_ROWS | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
     )
     for steps, rate in TOY_RATE.items()
 }
 TOY_CELLS |= {
-    f"p = 0, {steps} steps": Cell(f"{TOY} --steps {steps} --lr {rate:g}", THREE, range(15), "toy 0")
+    f"p = 0, {steps} steps": Cell(f"{TOY} {STACKED} --steps {steps} --lr {rate:g}", THREE, range(15), "toy 0")
     for steps, rate in TOY_RATE.items()
 }
 
@@ -111,7 +117,7 @@ PREMISE_CELLS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # scales (E2): real data where one task's loss is W times the others'. W = 2.144 is what a plain squared error does.
 
-SCALES = "--tasks rte,mrpc,sst2,stsb --batch-size 8 --max-length 64 --dtype bf16"
+SCALES = f"--tasks rte,mrpc,sst2,stsb --batch-size 8 --max-length 64 --dtype bf16 {STACKED}"
 SCALES_RATES, SCALES_RATE = (1e-3, 2e-3, 4e-3), 2e-3
 W = "--task-weights 1,1,1,{:g}"
 
@@ -144,7 +150,7 @@ SCALES_CELLS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
 
-CONTRADICTION = "--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3"
+CONTRADICTION = f"--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3 {STACKED}"
 CONTRADICTION_CELLS = {
     "pilot": Cell(CONTRADICTION, {"single": METHODS["single"]}, range(1000, 1001), "flipped 0.5"),
     "p = 0.5": Cell(
@@ -158,13 +164,85 @@ CONTRADICTION_CELLS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# lori (E6): a twentieth of the parameters, merging, forgetting; all linear layers at rank 32, each at a rate of its own
+
+LORI = (
+    "--tasks sst2,mrpc,stsb,qnli --batch-size 8 --max-length 64 --dtype bf16 --targets all-linear --rank 32 --alpha 64"
+)
+LORI_STEPS = f"{LORI} --steps 400"
+LORI_RATES = {"single": (1.5e-4, 3e-4, 6e-4), "lori-d": (5e-4, 1e-3, 2e-3), "lori-s": (2.5e-3, 5e-3, 1e-2)}
+LORI_RATE = {"single": 3e-4, "lori-d": 1e-3, "lori-s": 5e-3}
+OF = {  # a method's flags; lori-s wants its lori-d, at that one's rate
+    "single": f"--methods single --own-a --lr {LORI_RATE['single']:g}",
+    "lori-d": f"--methods lori-d --lr {LORI_RATE['lori-d']:g}",
+    "lori-s": f"--methods lori-d,lori-s --lr {LORI_RATE['lori-d']:g} --sparse-lr {LORI_RATE['lori-s']:g}",
+}
+MERGED = {"single": "lora-merged", "lori-d": "lori-d-merged", "lori-s": "lori-s-merged"}
+MERGE_WEIGHTS = (0.25, 0.5, 1.0)
+MERGE_WEIGHT = {"single": 0.5, "lori-d": 0.5, "lori-s": 0.5}
+
+
+def merged(method, weight):
+    first, _, rest = OF[method].removeprefix("--methods ").partition(" ")
+    return f"--methods {first},{MERGED[method]} {rest} --merge-weight {weight:g}"
+
+
+ORDERS = ("sst2,mrpc,stsb,qnli", "qnli,stsb,mrpc,sst2")
+LORI_CELLS = {
+    "search, rates": Cell(
+        f"{LORI_STEPS} --holdout 300",
+        at(LORI_RATES["single"], single="--methods single --own-a")
+        | at(LORI_RATES["lori-d"], **{"lori-d": "--methods lori-d"}),
+        SEARCH,
+    ),
+    "search, sparse rates": Cell(
+        f"{LORI_STEPS} --holdout 300",
+        {
+            f"lori-s at {rate:g}": f"--methods lori-d,lori-s --lr {LORI_RATE['lori-d']:g} --sparse-lr {rate:g}"
+            for rate in LORI_RATES["lori-s"]
+        },
+        SEARCH,
+    ),
+    "search, merge weights": Cell(
+        f"{LORI_STEPS} --holdout 300",
+        {f"{MERGED[m]} at {weight:g}": merged(m, weight) for m in MERGED for weight in MERGE_WEIGHTS},
+        SEARCH,
+    ),
+    "alone and merged": Cell(LORI_STEPS, {MERGED[m]: merged(m, MERGE_WEIGHT[m]) for m in MERGED}, range(5)),
+}
+LORI_CELLS |= {
+    f"one after the other: {order.replace(',', ', ')}": Cell(
+        f"{LORI_STEPS} --tasks {order}",
+        {
+            m: f"--methods {m} --lr {LORI_RATE['single' if m == 'single' else 'lori-d']:g}"
+            + f" --sparse-lr {LORI_RATE['lori-s']:g}" * (m == "lori-s")
+            for m in OF
+        },
+        range(5),
+        script="experiments/continual.py",
+    )
+    for order in ORDERS
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# glue (E4): is there an average gap on GLUE when the training is long enough?
+
+GLUE = f"--tasks cola,mrpc,sst2,stsb --steps 1500 --batch-size 8 --max-length 64 --dtype bf16 {STACKED}"
+GLUE_RATE = 1e-3
+GLUE_CELLS = {
+    "search": Cell(f"{GLUE} --holdout 600", at((5e-4, 1e-3, 2e-3), **THREE), SEARCH),
+    "1500 steps": Cell(
+        f"{GLUE} --lr {GLUE_RATE:g}", METHODS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8)
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 EXPERIMENTS = {
     "toy": ("Does the toy grammar's gap survive training, and what closes it?", TOY_CELLS),
     "premise": ("Do the tasks' gradients conflict beyond their noise, and in A otherwise than in B?", PREMISE_CELLS),
     "scales": ("On GLUE, with one loss ten times the others': what is lost, and what brings it back?", SCALES_CELLS),
-    "contradiction": (
-        "Does resolving conflict help as such? A part of the texts, labelled oppositely.",
-        CONTRADICTION_CELLS,
-    ),
+    "lori": ("LoRI: a twentieth of the parameters, merging, and tasks one after the other.", LORI_CELLS),
+    "contradiction": ("Does resolving conflict help as such? Some texts, labelled oppositely.", CONTRADICTION_CELLS),
+    "glue": ("Is there an average gap on GLUE, trained for long?", GLUE_CELLS),
 }
