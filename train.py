@@ -36,7 +36,7 @@ from support import runs, table
 from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
 from support.hub import HubError, find_checkpoint
 from support.runs import LOCAL_RANK, RANK, WORLD, agreed  # agreed(do): the first process does it, all get its result
-from support.toy import make_demo
+from support.toy import demo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods and settings
@@ -47,6 +47,7 @@ class Method:
     about: str
     own: bool = False  # each task has an adapter of its own; else one for all
     project: bool = False  # the tasks' gradients are projected; else they just add up
+    balance: bool = False  # as --balance: the tasks' gradients of the adapter are scaled to one norm first
     frozen_A: bool = False  # LoRI: A is random, and only B trains
     source: str = ""  # made from that method's adapters: masked by them, or merged out of them
 
@@ -57,11 +58,10 @@ METHODS = {
     "joint": Method("one shared adapter, the tasks' gradients added"),
     "pcgrad": Method("one shared adapter, all its factors projected as one vector", project=True),
     "ortho": Method("one shared adapter, each factor A and B projected alone: Ortho-LoRA", project=True),
+    "balanced": Method("ortho with the tasks' gradients scaled to one norm first", project=True, balance=True),
     "lori-ortho": Method("ortho with A frozen and random, so that only B is projected", project=True, frozen_A=True),
     "lori-d": Method("one adapter per task, A frozen and random: LoRI, dense", own=True, frozen_A=True),
-    "lori-s": Method(
-        "lori-d on the tenth of B it made largest: LoRI, sparse", own=True, frozen_A=True, source="lori-d"
-    ),
+    "lori-s": Method("lori-d on the tenth of B it made largest: sparse", own=True, frozen_A=True, source="lori-d"),
     "lora-merged": Method("single's adapters merged into one, not trained again", source="single"),
     "lori-d-merged": Method("lori-d's adapters merged into one", source="lori-d"),
     "lori-s-merged": Method("lori-s's adapters merged into one", source="lori-s"),
@@ -199,8 +199,8 @@ def check(s):
         raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give {', '.join(shared)}")
     if s.balance and s.task_weights:
         raise BadInput("--balance gives every task the same weight: leave out --task-weights")
-    if s.balance and s.factors != "AB":
-        raise BadInput(f"--balance with --factors {s.factors}: the other factor would stay as it is; leave one out")
+    if (s.balance or "balanced" in methods) and s.factors != "AB":
+        raise BadInput(f"--balance with --factors {s.factors}: the other factor stays as it is; leave one out")
     if s.resume and not s.out:
         raise BadInput("--resume needs --out FOLDER: the folder of the run to go on with")
     if s.batch_size % WORLD:
@@ -322,7 +322,7 @@ def gradients(method, model, batches, ortho, seed, s):
         runs.average(losses, *(p.grad for p in model.parameters()), ortho and ortho.rows)
     if ortho is None:
         return losses, None
-    if s.balance:
+    if s.balance or METHODS[method].balance:
         balance(ortho.rows)
     ortho.generator.manual_seed(seed)
     nobody = torch.empty(len(losses), 0, dtype=torch.long)  # joint's rows meet nobody: they add up
@@ -496,9 +496,8 @@ def load_or_demo(s, given):
         except HubError as e:
             if {"model", "glue", "tasks"} & given.keys():
                 raise
-            print(f"NOTICE: {e}.\nNOTICE: so this is the demo instead: a toy grammar and a tiny encoder, not GLUE.")
-            print("NOTICE: with a local checkpoint and GLUE, give --model FOLDER --glue FOLDER.\n", flush=True)
-    toy = agreed(make_demo)
+            print(f"NOTICE: {e}.\nSo this is the demo; with files of your own, give --model FOLDER --glue FOLDER.\n")
+    toy = agreed(demo)
     for name, value in {**DEMO, "model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}.items():
         if name not in given:
             setattr(s, name, value)
@@ -517,37 +516,39 @@ def open_out(s, encoder, tasks, again):
 
 
 def compare(s, given, argv, workers):
-    """Run every unit that is not finished, in the workers if there are any, and print the table."""
+    """Run every unit that is not finished, in the workers with --jobs, and print the table."""
     if s.out:  # before anything is loaded
         agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
     device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
     s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
+    workers.start(s.jobs)  # so that they import while this loads
     encoder, frozen, tasks = load_or_demo(s, given)
+    workers.start(s.jobs)  # the demo has more
     if s.jobs > 1 or s.demo:  # so that the number of cores changes no digit
         torch.set_num_threads(1)
-    default = f"runs/{'demo' if s.demo else Path(s.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    s.out = s.out or agreed(lambda: default)
+    s.out = s.out or agreed(lambda: runs.new_out("demo" if s.demo else Path(s.model).name))
     build("joint", frozen, tasks, 0, s)  # unfit targets show here
     agreed(lambda: open_out(s, encoder, tasks, runs.again(argv, s.out, s.demo)))
     methods = {name: METHODS[name] for name in METHODS if name in listed(s.methods, "methods")}
     units = runs.units(Path(s.out), methods, listed(s.seeds, "seeds", int), [data.name for data in tasks])
     todo = agreed(lambda: runs.unfinished(units))
-    for data in tasks:
-        print(f"{data.name:5} {len(data.train):6} examples to train on, {len(data.validation)} to score on")
-    what, where = f"{len(todo)} of {len(units)} trainings to do", runs.hardware(encoder)
-    print(f"{what}, of {s.steps} steps each, on {where}, into {s.out}", flush=True)
+    print(f"examples to train on: {', '.join(f'{data.name} {len(data.train):,}' for data in tasks)}")
+    print(
+        f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps each, into {s.out}",
+        flush=True,
+    )
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     often = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:
-        if workers and todo:
-            runs.run_jobs(todo, workers, (encoder, frozen, tasks, s), bar)
+        if s.jobs > 1 and todo:
+            workers.do(todo, (encoder, frozen, tasks, s), bar)
         else:
             for unit in todo:
                 run(unit, encoder, frozen, tasks, s, bar)
     if not RANK:
-        print(f"\n{table.write(s.out)}\n{s.out} has results.json, results.md, and adapters in METHOD/seedN/TASK")
+        print(f"\n{table.write(s.out)}\nall of it is in {s.out}; to draw it: python experiments/plot.py {s.out}")
 
 
 def main(argv=None):
@@ -559,7 +560,7 @@ def main(argv=None):
         if s.demo and {"model", "glue"} & given.keys():
             raise BadInput("--demo brings its own model and data: leave out --model and --glue")
         runs.join_processes(s.device)
-        with runs.workers(s.jobs, run) as workers:
+        with runs.Workers(run) as workers:
             return compare(s, given, argv, workers)
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         error, status = str(e), 2

@@ -20,7 +20,6 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -186,7 +185,7 @@ def main(argv=None):
         given = parse(argv)
         s = Settings(**(train.DEMO if "demo" in given else {}) | given)
         check(s)
-        s.out = s.out or f"runs/continual-{time.strftime('%Y%m%d-%H%M%S')}"
+        s.out = s.out or runs.new_out("continual")
         again = runs.again(argv, s.out, s.demo, "experiments/continual.py")
         return compare(s, again)
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away

@@ -30,7 +30,7 @@ class Contrast:
     cell: str
     row: str
     base: str
-    score: str = "average"
+    score: str = "score"
 
 
 # The four that get the word "shown", where Holm's correction over all four leaves them (5 %, two-sided paired t tests).

@@ -84,6 +84,16 @@ def draw_curve(axis, steps, values, k, label):
             axis.fill_between(steps, values.min(0), values.max(0), color=COLORS[k], alpha=0.12, lw=0)
 
 
+def logarithmic(axis):
+    """A log scale with ticks that read as numbers: 0.5, 1, 2."""
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def score_and_loss(axes, task, logs, results, methods):
     """A task's two panels."""
     for k, method in enumerate(methods):
@@ -98,7 +108,8 @@ def score_and_loss(axes, task, logs, results, methods):
         if len(steps):
             draw_curve(axes[1], steps, smoothed(values), k, method)
     axes[0].set(title=task, ylabel="score on validation")
-    axes[1].set(xlabel="step", ylabel="training loss", yscale="log")
+    axes[1].set(xlabel="step", ylabel="training loss")
+    logarithmic(axes[1])
 
 
 def weights_and_norms(axes, tasks, logs, results):
@@ -114,8 +125,10 @@ def weights_and_norms(axes, tasks, logs, results):
             middles = (np.arange(values.shape[1]) + 0.5) * end / values.shape[1]
             draw_curve(axes[1], middles, values, k, task)
     axes[0].axhline(1, color="grey", lw=0.8)
-    axes[0].set(xlabel="step", ylabel="effective weight (joint: 1)", yscale="log")
-    axes[1].set(xlabel="step", ylabel="length of the gradient", yscale="log")
+    axes[0].set(xlabel="step", ylabel="effective weight (joint: 1)")
+    axes[1].set(xlabel="step", ylabel="length of the gradient")
+    for axis in axes:
+        logarithmic(axis)
     axes[0].legend(frameon=False, fontsize=8)
 
 

@@ -26,6 +26,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,11 @@ def locked(folder, wait=False):
         raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
     finally:
         os.close(handle)
+
+
+def new_out(name):
+    """A folder for a run that was not given one, named by what it is and when."""
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def again(argv, out, demo, script="train.py"):
@@ -382,55 +388,65 @@ def work(run, parent):
         parent.send(e)
 
 
-@contextlib.contextmanager
-def workers(jobs, run):
-    """{pipe: process} of `jobs` processes that wait for `run_jobs`, and import meanwhile; one job is the parent's own.
+class Workers:
+    """Processes that wait for units, and import meanwhile. They end when the context is left.
 
-    They end when this is left. They never hear Ctrl-C: it is the parent's, which ends them.
+    They never hear Ctrl-C: it is the parent's, which ends them.
     """
-    context, started = multiprocessing.get_context("spawn"), {}
-    if jobs > 1:
-        multiprocessing.resource_tracker.ensure_running()  # else it starts with the first worker, and unblocks the rest
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        for _ in range(jobs if jobs > 1 else 0):
-            here, there = context.Pipe()
-            started[here] = context.Process(target=work, args=(run, there), daemon=True)
-            started[here].start()
-            there.close()  # so that, when the worker ends, `here` does
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        yield started
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for worker in [worker for worker in started.values() if worker.is_alive()]:
+
+    def __init__(self, run):
+        self.run, self.started = run, {}  # {pipe: process}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for worker in [worker for worker in self.started.values() if worker.is_alive()]:
             worker.terminate()
             worker.join()
 
+    def start(self, jobs):
+        """Start what is missing of `jobs`; one job is the parent's own, and needs none."""
+        missing, context = jobs - len(self.started) if jobs > 1 else 0, multiprocessing.get_context("spawn")
+        if missing:
+            multiprocessing.resource_tracker.ensure_running()  # else the first worker starts it, and it unblocks SIGINT
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(missing):
+                here, there = context.Pipe()
+                self.started[here] = context.Process(target=work, args=(self.run, there), daemon=True)
+                self.started[here].start()
+                there.close()  # so that, when the worker ends, `here` does
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
-def run_jobs(units, workers, loaded, bar):
-    """run(unit, *loaded, bar) in the workers, each unit when what it is made of is finished. Raises a worker's error.
+    def do(self, units, loaded, bar):
+        """run(unit, *loaded, bar) in them, each unit when what it is made of is finished. Raises a worker's error.
 
-    loaded goes to them as bytes, so they read nothing again, and need no shared memory.
-    """
-    waiting, idle = sorted(units, key=lambda unit: -len(unit.tasks)), []  # long ones first, so that all end together
-    loaded = pickle.dumps(loaded)
-    for worker in workers:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
-            worker.send_bytes(loaded)
-    while waiting or len(idle) < len(workers):
-        for worker in multiprocessing.connection.wait(workers):
-            try:
-                said = worker.recv()
-            except (EOFError, ConnectionResetError):
-                workers[worker].join()
-                code = workers[worker].exitcode
-                raise ChildProcessError(f"a worker ended with exit code {code}") from None
-            if isinstance(said, Exception):
-                raise said
-            if said is None:
-                idle.append(worker)
-            else:
-                bar.update(said)
-        for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
-            waiting.remove(unit)
-            idle.pop().send(unit)
+        loaded goes to them as bytes, so they read nothing again, and need no shared memory.
+        """
+        waiting, idle = (
+            sorted(units, key=lambda unit: -len(unit.tasks)),
+            [],
+        )  # long ones first, so that all end together
+        loaded = pickle.dumps(loaded)
+        for worker in self.started:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
+                worker.send_bytes(loaded)
+        while waiting or len(idle) < len(self.started):
+            for worker in multiprocessing.connection.wait(self.started):
+                try:
+                    said = worker.recv()
+                except (EOFError, ConnectionResetError):
+                    self.started[worker].join()
+                    code = self.started[worker].exitcode
+                    raise ChildProcessError(f"a worker ended with exit code {code}") from None
+                if isinstance(said, Exception):
+                    raise said
+                if said is None:
+                    idle.append(worker)
+                else:
+                    bar.update(said)
+            for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
+                waiting.remove(unit)
+                idle.pop().send(unit)

@@ -181,6 +181,42 @@ def table(results, timings):
     return markdown(rows)
 
 
+def by_task(results, watched="ortho"):
+    """What each task gains over joint, seed by seed, and what the projection made of its gradient; where there is both.
+
+    Rows: tasks; columns: single and every projected method less joint; the mean length of the task's gradient under
+    `watched`, and the weight that the update gave it.
+    """
+    runs = results["methods"]
+    projected = [m for m, seeds in runs.items() if "conflicts" in next(iter(seeds.values())) and m != "joint"]
+    if "joint" not in runs or not projected:
+        return ""
+    others = [m for m in ("single", *projected) if m in runs]
+    fifths = [run["conflicts"]["fifths"] for run in runs.get(watched, {}).values()]
+    seen = [f"its gradient's length, {watched}", f"its weight, {watched}"] if fifths else []
+    rows = [["task", *(f"{m} − joint" for m in others), *seen]]
+    for t in results["tasks"]:
+        row = [t]
+        for m in others:
+            gains = [
+                run["tasks"][t]["score"] - runs["joint"][s]["tasks"][t]["score"]
+                for s, run in runs[m].items()
+                if s in runs["joint"]
+            ]
+            row.append(mean_and_spread(gains) if gains else "")
+        if fifths:
+            row.append(f"{np.mean([x['norms'][t] for x in fifths]):.2f}")
+            row.append(f"{np.mean([x['effective'][t] for x in fifths]):.2f}")
+        rows.append(row)
+    return markdown(rows)
+
+
+BY_TASK = (
+    "By task, in points. Where single is far above joint, joint training has drowned the task: often one with a short "
+    "gradient. A weight is what the update made of the task's own gradient: joint's are 1, a projection's at least 1."
+)
+
+
 def picture(results, method="ortho"):
     """Where conflicts occur: layer x factor, in text; and by task pair."""
     runs = [run["conflicts"] for run in results["methods"].get(method, {}).values() if "conflicts" in run]
@@ -200,9 +236,7 @@ def picture(results, method="ortho"):
         lines.append(f"{number:>5}  " + "".join(cells))
     pairs = {p: 100 * np.mean([run["pairs"][p] for run in runs]) for p in runs[0]["pairs"]}
     by_pair = ", ".join(f"{p} {share:.0f} %" for p, share in sorted(pairs.items(), key=lambda pair: -pair[1]))
-    weights = [f"{t} {np.mean([run['fifths']['effective'][t] for run in runs]):.2f}" for t in results["tasks"]]
     lines += ["", f"by task pair: {by_pair}"]
-    lines.append(f"what the update made of each task's own gradient, as a weight (joint: 1): {', '.join(weights)}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -253,6 +287,8 @@ def report(results, timings, about):
         "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
         f"{base}, all tasks' batches together.",
         differences(timings),
+        by_task(results),
+        BY_TASK if by_task(results) else "",
         merges(results, about["methods"]),
         picture(results),
     ]

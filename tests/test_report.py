@@ -1,5 +1,6 @@
 """experiments/report.py: intervals against scipy's t test, words, blocks of the pages, --check."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from scipy import stats
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import plan  # noqa: E402
 import report  # noqa: E402
 
 GENERATOR = np.random.default_rng(0)
@@ -48,14 +50,76 @@ def test_words_go_as_far_as_the_interval():
     assert report.verdict((1, -0.1, 2), "up", "down", "neither") == "neither"
 
 
-def test_cosine_without_noise_of_a_known_pair():
-    """Two directions at 60°, each batch's gradient the direction plus noise: the noise drops out of the ratio."""
-    directions, n = np.array([[1.0, 0.0], [0.5, 3**0.5 / 2]]), 200_000
-    halves = directions + GENERATOR.normal(0, 2, (2, n, 2, 2))  # (half, sample, task, coordinate)
-    halves /= np.linalg.norm(halves, axis=3, keepdims=True)
-    c = np.einsum("nid,njd->ij", *halves) / n
-    assert abs(c[0, 1]) < 0.15  # buried in noise
-    assert report.clean(c)[0, 1] == pytest.approx(0.5, abs=0.03)
+def test_holm_by_hand():
+    """0.01 · 3 = 0.03; 0.02 · 2 = 0.04; 0.03 · 1 = 0.03, but no less than the one before it."""
+    assert report.holm({"a": 0.03, "b": 0.01, "c": 0.02}) == pytest.approx({"b": 0.03, "c": 0.04, "a": 0.04})
+    assert report.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("n", [4, 8, 15])
+def test_what_could_have_been_seen_is_seen_in_four_of_five_trials(n):
+    """A true difference of that size, in units of the spread: the t test's power, by scipy's noncentral t."""
+    x = np.linspace(-1, 1, n)
+    difference = report.detectable(x) / x.std(ddof=1)
+    critical = stats.t.ppf(0.975, n - 1)
+    power = 1 - stats.nct.cdf(critical, n - 1, difference * np.sqrt(n))
+    assert power == pytest.approx(0.8, abs=0.04)
+
+
+def unit(seed, sst2, mrpc, experiment="toy", commonest=0.6):
+    """A unit's file, as far as report.py reads it."""
+    tasks = {"sst2": {"score": sst2, "accuracy": sst2 / 100, "loss": 0.5, "commonest": commonest}}
+    tasks["mrpc"] = {"score": mrpc, "accuracy": mrpc / 100, "loss": 0.7, "commonest": 0.5}
+    return {"seed": seed, "majority": {"sst2": 50.0, "mrpc": 70.0}, "results": {"joint": {"tasks": tasks}}}
+
+
+def test_tables_pair_by_seed_and_take_each_task_by_itself():
+    rows = {
+        "single": {0: unit(0, 90, 80), 1: unit(1, 92, 79), 2: unit(2, 91, 82, commonest=1)},
+        "joint": {0: unit(0, 70, 81), 1: unit(1, 74, 81), 2: unit(2, 69, 84), 3: unit(3, 0, 0)},
+        "ortho": {1: unit(1, 80, 80), 2: unit(2, 78, 85)},
+    }
+    assert report.differences(*(report.values(rows[r], "sst2") for r in ("single", "joint"))).tolist() == [20, 18, 22]
+    assert report.values(rows["ortho"]) == {1: 80, 2: 81.5}
+    assert report.values(rows["ortho"], "sst2", "accuracy") == {1: 80, 2: 78}
+    table = report.difference_table(rows, ["sst2", "mrpc"], "joint")
+    assert [row[0] for row in table] == ["less joint", "single", "ortho"]
+    mean, low, high = report.interval([20, 18, 22])
+    assert table[1][1] == f"+{mean:.1f} [+{low:.1f}, +{high:.1f}]"
+    scores = report.score_table(rows, ["sst2", "mrpc"])
+    assert scores[1][:4] == ["majority class", "50.0", "70.0", "60.0"]
+    assert scores[2][0] == "single" and scores[2][-2:] == ["sst2 1", "3"]
+    assert "of sst2 " in report.recovered(rows, ["sst2", "mrpc"], "ortho")
+
+
+def test_a_search_marks_the_best_rate():
+    rows = {"single at 0.001": {0: unit(0, 60, 80)}, "single at 0.01": {0: unit(0, 70, 70)}}
+    table = report.search_table(rows)
+    assert table[0] == ["held out", "score", "0.001", "0.01"]
+    assert table[1:] == [
+        ["single", "sst2", "60.0", "**70.0**"],
+        ["single", "mrpc", "**80.0**", "70.0"],
+        ["single", "average", "**70.0**", "70.0"],
+    ]
+
+
+def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, monkeypatch):
+    cell = plan.Cell("", {"ortho": "", "joint": ""}, range(4))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "EXPERIMENTS", {"toy": ("", {"one": cell}), "other": ("", {"two": cell})})
+    contrasts = [plan.Contrast("toy", "one", "ortho", "joint"), plan.Contrast("other", "two", "ortho", "joint")]
+    monkeypatch.setattr(report, "CONTRASTS", contrasts)
+    assert report.contrast_table().count("not yet: 0 of 4 seeds") == 2
+    gains = np.array([1.0, 1.2, 0.9, 1.4])
+    for row, gain in (("ortho", gains), ("joint", 0 * gains)):
+        (tmp_path / "toy" / "units").mkdir(parents=True, exist_ok=True)
+        for seed in range(4):
+            found = unit(seed, 70 + gain[seed], 80 + gain[seed]) | {"cell": "one", "row": row}
+            (tmp_path / "toy" / "units" / f"{row}{seed}.json").write_text(json.dumps(found))
+    text = report.contrast_table()
+    p = stats.ttest_1samp(gains, 0).pvalue
+    assert f"| {p:.2g} |" in re.sub(" +", " ", text) and f"| {2 * p:.2g} | shown |" in re.sub(" +", " ", text)
+    assert text.count("not yet") == 1 and "counts as p = 1" in text
 
 
 def test_pages_and_results_agree():

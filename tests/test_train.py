@@ -562,8 +562,8 @@ def test_holdout_rows_are_scored_and_not_trained_on(demo, run, tmp_path):
 
 def test_what_a_run_prints(run, tmp_path):
     status, text, err = run("--tasks sst2 --methods joint --steps 2")
-    assert status == 0 and "sst2      64 examples to train on, 12 to score on" in text
-    assert "1 of 1 trainings to do, of 2 steps each, on " in text and f", into {tmp_path / 'out'}\n" in text
+    assert status == 0 and "examples to train on: sst2 64" in text
+    assert "1 of 1 trainings to do, 1 at a time, 2 steps each" in text and f", into {tmp_path / 'out'}\n" in text
     assert (tmp_path / "out/results.md").read_text() in text
     assert "joint, seed 0" in err and "batch" in err
 
@@ -804,7 +804,7 @@ def test_divergence_is_named(run, tmp_path):
 SMALL_DEMO = """
 import functools, sys, train
 from support import toy
-train.make_demo = functools.partial(toy.make_demo, steps=5, rows=64, quiet=True)
+train.demo = functools.partial(toy.make_demo, steps=5, rows=64, quiet=True)
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -823,8 +823,8 @@ def without_hub(tmp_path, *flags):
 def test_bare_command_falls_back_to_the_demo(tmp_path):
     done = without_hub(tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0")
     assert done.returncode == 0, done.stderr
-    notices = [line for line in done.stdout.splitlines() if line.startswith("NOTICE")]
-    assert "roberta-base" in notices[0] and "demo" in notices[1]
+    assert done.stdout.startswith("loading roberta-base") and "So this is the demo" in done.stdout
+    assert f"1 of 1 trainings to do, {train.DEMO['jobs']} at a time" in done.stdout
     assert "The demo: a toy grammar" in done.stdout and "| joint" in done.stdout
     made, toy = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert re.fullmatch(r"demo-\d{8}-\d{6}", made) and re.fullmatch("toy-[0-9a-f]{8}", toy)
@@ -853,7 +853,7 @@ def test_an_interrupted_fallback_says_demo(demo, monkeypatch, tmp_path, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "load", load)
-    monkeypatch.setattr(train, "make_demo", lambda: demo)
+    monkeypatch.setattr(train, "demo", lambda: demo)
     monkeypatch.setattr(train, "run", interrupted)
     assert train.main(["--steps", "2", "--jobs", "1"]) == 130
     (out,) = (tmp_path / "runs").iterdir()
