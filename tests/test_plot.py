@@ -1,0 +1,118 @@
+"""experiments/plot.py: what it draws is what the logs and results say; what it can't draw is said in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import plot  # noqa: E402
+
+
+def axes_of(figure):
+    """{(title or y label): axis}, of the first column where several have a label."""
+    found = {}
+    for axis in figure.get_axes():
+        for name in (axis.get_title(), axis.get_ylabel()):
+            found.setdefault(name, axis)
+    return found
+
+
+def lines_of(axis):
+    return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axis.get_lines()}
+
+
+@pytest.fixture
+def on_the_way(run, tmp_path):
+    status, *_ = run("--tasks sst2,mrpc --methods single,joint,ortho --steps 6 --eval-every 2 --seeds 0,1 --lr 1e-2")
+    assert not status
+    return tmp_path / "out"
+
+
+def test_scores_and_losses_are_the_logs(on_the_way):
+    axes = axes_of(plot.draw(on_the_way))
+    logs = [on_the_way / "joint" / f"seed{seed}" / "log.jsonl" for seed in (0, 1)]
+    entries = [[json.loads(line) for line in path.read_text().splitlines()] for path in logs]
+    expected = np.mean([[e["scores"]["sst2"] for e in log if "scores" in e] for log in entries], axis=0)
+    steps, scores = lines_of(axes["sst2"])["joint"]
+    assert list(steps) == [2, 4, 6] and np.allclose(scores, expected)
+    assert lines_of(axes["sst2"]).keys() == {"single", "joint", "ortho"}
+    losses = np.mean([[e["loss"]["sst2"] for e in log if "loss" in e] for log in entries], axis=0)
+    _, drawn = axes["training loss"].get_lines()[1].get_data()
+    assert drawn[3] == pytest.approx(losses[1:6].mean()) and drawn[0] == pytest.approx(losses[:3].mean())
+
+
+def test_weights_lengths_and_conflicts_are_the_results(on_the_way):
+    axes = axes_of(plot.draw(on_the_way))
+    found = [json.loads((on_the_way / f"ortho/seed{seed}/result.json").read_text())["conflicts"] for seed in (0, 1)]
+    steps, lengths = lines_of(axes["length of the gradient"])["mrpc"]
+    assert np.allclose(lengths, np.mean([x["fifths"]["norms"]["mrpc"] for x in found], axis=0)) and steps[-1] < 6
+    assert {"sst2", "mrpc"} < lines_of(axes["effective weight (joint: 1)"]).keys()
+    layers, rates = lines_of(axes["pairs in conflict, %"])["factor B"]
+    names = [name for name in found[0]["blocks"] if ".0." in name and name.endswith("B")]
+    assert rates[list(layers).index(0)] == pytest.approx(
+        100 * np.mean([x["blocks"][n][0] for x in found for n in names])
+    )
+
+
+def test_without_scores_on_the_way_the_end_is_a_point_and_without_projection_there_is_no_third_row(finished, tmp_path):
+    out, results = finished
+    found = lines_of(axes_of(plot.draw(out))["mnli"])
+    expected = np.mean([seed["tasks"]["mnli"]["score"] for seed in results["methods"]["pcgrad"].values()])
+    assert found["pcgrad"][1] == pytest.approx([expected])
+    plain = shutil.copytree(out, tmp_path / "plain")
+    for method in ("pcgrad", "ortho"):
+        shutil.rmtree(plain / method)
+    assert len(plot.draw(plain).get_axes()) == 2 * 3
+
+
+@pytest.mark.parametrize("name", ["plot.svg", "plot.png"])
+def test_the_file_is_written_and_its_words_do_not_overlap(name, on_the_way, capsys):
+    """The same run, the same bytes; and no axis label on another axis."""
+    path = on_the_way / name
+    assert not plot.main([str(on_the_way), "--file", str(path)])
+    first = path.read_bytes()
+    assert not plot.main([str(on_the_way), "--file", str(path)]) and path.read_bytes() == first
+    figure = plot.draw(on_the_way)
+    figure.canvas.draw()
+    renderer, boxes = figure.canvas.get_renderer(), [axis.get_window_extent() for axis in figure.get_axes()]
+    for axis in figure.get_axes():
+        for label in (axis.xaxis.label, axis.yaxis.label, axis.title):
+            box = label.get_window_extent(renderer)
+            assert not label.get_text() or not any(box.overlaps(other) for other in boxes), label.get_text()
+
+
+def test_a_run_that_is_still_going_is_drawn(on_the_way):
+    for path in on_the_way.rglob("result.json"):
+        path.unlink()
+    with open(on_the_way / "ortho" / "seed1" / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')  # being written
+    assert lines_of(axes_of(plot.draw(on_the_way))["sst2"])["ortho"][0].tolist() == [2, 4, 6]
+
+
+def test_what_can_not_be_drawn_is_said_in_one_line(on_the_way, tmp_path, capsys):
+    for arguments, words in (
+        ([str(tmp_path / "none")], "has no settings.json"),
+        ([str(on_the_way), "--method", "joint"], "has no such projected method; it has ortho"),
+        ([str(on_the_way), "--file", str(tmp_path / "x.nonsense")], "nonsense"),
+        ([str(on_the_way), "--file", str(tmp_path / "no" / "x.png")], "no/x.png"),
+    ):
+        assert plot.main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("plot.py: ") and words in error and "\n" not in error
+    for method in ("single", "joint", "ortho"):
+        shutil.rmtree(on_the_way / method)
+    assert plot.main([str(on_the_way)]) == 2 and "nothing has been logged" in capsys.readouterr().err
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path):
+    code = "import importlib.util as u, sys; f = u.find_spec; sys.argv = ['plot.py', '.']; import plot; "
+    code += "u.find_spec = lambda name: None if name == 'matplotlib' else f(name); plot.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True)
+    assert done.returncode == 2 and "needs matplotlib" in done.stderr and "Traceback" not in done.stderr
