@@ -36,7 +36,7 @@ class Contrast:
 # The four that get the word "shown", where Holm's correction over all four leaves them (5 %, two-sided paired t tests).
 # Everything else is looked at, and no more.
 CONTRASTS = [
-    Contrast("toy", "p = 0.5, 1600 steps", "single", "joint"),
+    Contrast("toy", "p = 0.5, 1600 steps, lr 0.004", "single", "joint"),
     Contrast("scales", "W = 10, 400 steps", "ortho", "joint"),
     Contrast("scales", "W = 10, 400 steps", "ortho", "ortho, agree"),
     Contrast("contradiction", "p = 0.5", "ortho", "ortho, agree", "accuracy"),
@@ -70,36 +70,36 @@ def static(*weights, others="1,1,1"):
 # toy (E1): a gap that is made, and whether training closes it. sst2's gradients are a tenth as long as the others'.
 
 TOY = "--tasks sst2,mrpc,mnli,stsb --max-length 64"
-TOY_RATES = {400: (4e-3, 8e-3, 1.6e-2), 1600: (2e-3, 4e-3, 8e-3)}
-TOY_RATE = {400: 8e-3, 1600: 8e-3}  # joint's best, for every row
+TOY_RATES = {400: (2e-3, 4e-3, 8e-3, 1.6e-2), 1600: (2e-3, 4e-3, 8e-3)}
+# Of the search: single is best at 4e-3, and at 8e-3 collapses on sst2 in two worlds of three; joint and ortho are best
+# at 8e-3. So the gap is measured at 4e-3, where nothing collapses, and what closes it at 8e-3, too, without single.
 TOY_WEIGHT = {400: 3, 1600: 3}  # the best of static weights for sst2
-TOY_ROWS = METHODS | SHAMS | BALANCED | BALANCED_SHAM
+TOY_SHARED = {m: METHODS[m] for m in ("joint", "pcgrad", "ortho")} | SHAMS | BALANCED | BALANCED_SHAM
+
+
+def toy(steps, more):
+    return f"{TOY} {STACKED} --steps {steps} {more}"
+
 
 TOY_CELLS = {
-    f"search, {steps} steps": Cell(
-        f"{TOY} {STACKED} --steps {steps} --holdout 300", at(rates, **THREE), SEARCH, "toy 0.5"
-    )
+    f"search, {steps} steps": Cell(toy(steps, "--holdout 300"), at(rates, **THREE), SEARCH, "toy 0.5")
     for steps, rates in TOY_RATES.items()
 }
 TOY_CELLS["search, 1600 steps, far too high"] = Cell(
     f"{TOY} --steps 1600 --holdout 300", at((1.6e-2,), **THREE), SEARCH[:1], "toy 0.5"
 )
-TOY_CELLS |= {
-    f"search, weights, {steps} steps": Cell(
-        f"{TOY} {STACKED} --steps {steps} --holdout 300 --lr {rate:g}", static(2, 3, 5), SEARCH, "toy 0.5"
+for steps in (1600, 400):
+    TOY_CELLS[f"search, weights, {steps} steps"] = Cell(
+        toy(steps, "--holdout 300 --lr 8e-3"), static(2, 3, 5), SEARCH, "toy 0.5"
     )
-    for steps, rate in TOY_RATE.items()
-}
-TOY_CELLS |= {
-    f"p = 0.5, {steps} steps": Cell(
-        f"{TOY} {STACKED} --steps {steps} --lr {rate:g}", TOY_ROWS | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
+    TOY_CELLS[f"p = 0.5, {steps} steps, lr 0.004"] = Cell(
+        toy(steps, "--lr 4e-3"), THREE | {"joint, balanced": BALANCED["joint, balanced"]}, range(15), "toy 0.5"
     )
-    for steps, rate in TOY_RATE.items()
-}
-TOY_CELLS |= {
-    f"p = 0, {steps} steps": Cell(f"{TOY} {STACKED} --steps {steps} --lr {rate:g}", THREE, range(15), "toy 0")
-    for steps, rate in TOY_RATE.items()
-}
+    TOY_CELLS[f"p = 0.5, {steps} steps, lr 0.008"] = Cell(
+        toy(steps, "--lr 8e-3"), TOY_SHARED | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
+    )
+for steps in (1600, 400):
+    TOY_CELLS[f"p = 0, {steps} steps, lr 0.004"] = Cell(toy(steps, "--lr 4e-3"), THREE, range(15), "toy 0")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # premise (E3): is there conflict beyond noise?
