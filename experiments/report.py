@@ -346,6 +346,24 @@ def experiment_table(folder):
     return "\n\n".join(parts) + "\n"
 
 
+def budget_table():
+    """The text of budget.md: every cell's units, how many are there, and what they take by those that are."""
+    table, total = [["experiment", "cell", "units", "there", "seconds of one, by method", "hours of one thread"]], 0.0
+    for name, (_, cells) in EXPERIMENTS.items():
+        there = units_of(RESULTS / name)
+        for cell_name, cell in cells.items():
+            rows, hours = there.get(cell_name, {}), 0.0
+            times = {row: np.mean([unit["seconds"] for unit in found.values()]) for row, found in rows.items()}
+            if times:  # a row that has not been timed is taken to be like the others
+                hours = sum(times.get(row, np.mean([*times.values()])) for row in cell.rows) * len(cell.seeds) / 3600
+            said = f"{min(times.values()):.0f} to {max(times.values()):.0f}" if times else "not timed"
+            count = sum(map(len, rows.values()))
+            units = len(cell.rows) * len(cell.seeds)
+            table.append([name, cell_name, f"{units}", f"{count}", said, f"{hours:.1f}" if times else ""])
+            total += hours
+    return f"{markdown(table)}\n\nTogether {total:.0f} hours of one thread, as far as timed; two run at a time.\n"
+
+
 def contrast_table():
     """The text of contrasts.md: plan.py's contrasts, with Holm's correction, as far as their units are there."""
     found, p_values = {}, {}
@@ -835,6 +853,7 @@ def main():
         results[folder.name] = experiment_table(folder)
         settle(folder / "results.md", results[folder.name])
     settle(RESULTS / "contrasts.md", contrast_table())
+    settle(RESULTS / "budget.md", budget_table())
     settle(RESULTS / "cost.md", cost())
     for page in PAGES:
         settle(page, point(embed(page.read_text(), page), page))
