@@ -36,7 +36,7 @@ from support import runs, table
 from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
 from support.hub import HubError, find_checkpoint
 from support.runs import LOCAL_RANK, RANK, WORLD, agreed  # agreed(do): the first process does it, all get its result
-from support.toy import demo
+from support.toy import demo, demo_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods and settings
@@ -124,11 +124,9 @@ class Settings:
     save_every: float = setting(60.0, "seconds between saves of what --resume needs")
     eval_every: int = setting(0, "score every so many steps, into log.jsonl; 0: only at the end")
     jobs: int = setting(1, "trainings at a time, in processes of one thread each", low=1, high=1000)
-    demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in this file")
+    demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in support/toy.py")
 
 
-DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "steps": 120, "lr": 4e-3, "max_length": 64, "seeds": "0,1,2"}
-DEMO["jobs"] = min(8, os.cpu_count()) if WORLD == 1 else 1
 # What may differ when a run goes on. Model, data, device type and threads are held to by runs.facts instead.
 UNBOUND = {"methods", "seeds", "out", "resume", "save_every", "eval_every", "jobs", "demo", "model", "glue", "device"}
 MOVED = {
@@ -498,9 +496,9 @@ def load_or_demo(s, given):
                 raise
             print(f"NOTICE: {e}.\nSo this is the demo; with files of your own, give --model FOLDER --glue FOLDER.\n")
     toy = agreed(demo)
-    for name, value in {**DEMO, "model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}.items():
-        if name not in given:
-            setattr(s, name, value)
+    files = {"model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}
+    for name, value in (demo_settings(given, WORLD) | files).items():
+        setattr(s, name, value)
     check(s)
     return agreed(lambda: load(s), everywhere=True)
 
@@ -555,7 +553,7 @@ def main(argv=None):
     argv, s = sys.argv[1:] if argv is None else argv, None
     try:
         given = parse(argv)
-        s = Settings(**(DEMO if "demo" in given else {}) | given)
+        s = Settings(**demo_settings(given, WORLD) if "demo" in given else given)
         check(s)
         if s.demo and {"model", "glue"} & given.keys():
             raise BadInput("--demo brings its own model and data: leave out --model and --glue")

@@ -35,7 +35,7 @@ import train  # noqa: E402
 from evaluate import find_device, scores_in_training  # noqa: E402
 from support import runs, table  # noqa: E402
 from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors, write_text  # noqa: E402
-from support.toy import make_demo  # noqa: E402
+from support.toy import demo, demo_settings  # noqa: E402
 
 METHODS = ("single", "lori-d", "lori-s")
 
@@ -161,7 +161,7 @@ def compare(s, again):
     fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     s.dtype, s.per_task = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32", "loop"
     if s.demo:
-        toy = make_demo()
+        toy = demo()
         s.model, s.glue = str(toy / "model"), str(toy / "glue")
     encoder, frozen, tasks = train.load(s)
     check_masks_fit(frozen, tasks, s)
@@ -183,7 +183,8 @@ def main(argv=None):
     argv, s, again = sys.argv[1:] if argv is None else argv, None, ""
     try:
         given = parse(argv)
-        s = Settings(**(train.DEMO if "demo" in given else {}) | given)
+        ours = {"methods": ",".join(METHODS), "task_weights": "", "jobs": 1}
+        s = Settings(**demo_settings(ours | given, 1) if "demo" in given else given)
         check(s)
         s.out = s.out or runs.new_out("continual")
         again = runs.again(argv, s.out, s.demo, "experiments/continual.py")

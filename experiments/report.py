@@ -301,10 +301,10 @@ def premise_text(rows):
 
 
 def search_table(rows):
-    """What rates were chosen by: means over the seeds, on rows held out."""
+    """What rates, or static weights, were chosen by: means over the seeds, on rows held out."""
     grid = {}
     for row, found in rows.items():
-        method, _, rate = row.partition(" at ")
+        method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
         tasks = list(entry(next(iter(found.values())))["tasks"])
         columns = {task: np.mean(list(values(found, task).values())) for task in tasks}
         grid.setdefault(method, {})[float(rate)] = columns | {"average": np.mean(list(columns.values()))}

@@ -280,7 +280,9 @@ def report(results, timings, about):
     base = "joint" if "joint" in results["methods"] else "the first method"
     parts = [
         f"## {demo}" if results["demo"] else f"## {about['model']} on {about['glue']}",
-        f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}, on {scored}: "
+        f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}"
+        + (f", task weights {s['task_weights']}" if s.get("task_weights") else "")
+        + f", on {scored}: "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
         + f", {s['dtype']} on {hardware}.",
         table(results, timings),

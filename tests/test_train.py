@@ -21,7 +21,7 @@ import lora
 import train
 from glue import batches_of_steps, encode, load_data, load_task, load_tokenizer
 from model import load_encoder
-from support import runs
+from support import runs, toy
 from support.checkpoint import read_safetensors, write_safetensors
 from support.hub import HubError
 
@@ -824,12 +824,23 @@ def test_bare_command_falls_back_to_the_demo(tmp_path):
     done = without_hub(tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loading roberta-base") and "So this is the demo" in done.stdout
-    assert f"1 of 1 trainings to do, {train.DEMO['jobs']} at a time" in done.stdout
+    assert f"1 of 1 trainings to do, {min(8, os.cpu_count())} at a time" in done.stdout
     assert "The demo: a toy grammar" in done.stdout and "| joint" in done.stdout
-    made, toy = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert re.fullmatch(r"demo-\d{8}-\d{6}", made) and re.fullmatch("toy-[0-9a-f]{8}", toy)
+    made, files = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert re.fullmatch(r"demo-\d{8}-\d{6}", made) and re.fullmatch("toy-[0-9a-f]{8}", files)
     results = results_of(tmp_path / "runs" / made)
-    assert results["demo"] is True and results["settings"]["lr"] == train.DEMO["lr"]
+    assert results["demo"] is True and results["settings"]["lr"] == toy.DEMO["lr"]
+
+
+def test_the_demo_fits_what_is_asked_of_it():
+    """Its weights are for its own tasks, and --balance would have none; what is given comes first."""
+    own = toy.demo_settings({}, 1)
+    assert own["task_weights"] == "0.1,1,1,1" and own["jobs"] == min(8, os.cpu_count())
+    assert toy.demo_settings({}, 2)["jobs"] == 1
+    for given in ({"tasks": "sst2,mrpc"}, {"balance": True}, {"task_weights": "1,2,3,4", "steps": 3}):
+        found = toy.demo_settings(given, 1)
+        assert found.items() >= given.items() and found.get("task_weights") == given.get("task_weights")
+        train.check(train.Settings(**found))
 
 
 @pytest.mark.parametrize("flags", [["--model", "roberta-base"], ["--glue", "nyu-mll/glue"], ["--tasks", "rte"]])
