@@ -129,7 +129,6 @@ def weights_and_norms(axes, tasks, logs, results):
     axes[1].set(xlabel="step", ylabel="length of the gradient")
     for axis in axes:
         logarithmic(axis)
-    axes[0].legend(frameon=False, fontsize=8)
 
 
 def conflict_rates(axis, results):
@@ -180,9 +179,11 @@ def draw(out, method=""):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
     if method:
-        parts[1].suptitle(f"{method}: what the projection does", fontsize=10)
         below = parts[1].subplots(1, 3)
         weights_and_norms(below[:2], tasks, logs[method], results[method])
+        handles, labels = below[0].get_legend_handles_labels()
+        title = f"{method}: what the projection does"
+        parts[1].legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False, title=title)
         conflict_rates(below[2], results[method])
     return figure
 

@@ -184,8 +184,9 @@ def table(results, timings):
 def by_task(results, watched="ortho"):
     """What each task gains over joint, seed by seed, and what the projection made of its gradient; where there is both.
 
-    Rows: tasks; columns: single and every projected method less joint; the mean length of the task's gradient under
-    `watched`, and the weight that the update gave it.
+    Rows: tasks; columns: single and every projected method less joint; the length of the task's gradient under
+    `watched`, and the weight that the update gave it, both in the first fifth of the training: later a task that is
+    learned has a short gradient, too.
     """
     runs = results["methods"]
     projected = [m for m, seeds in runs.items() if "conflicts" in next(iter(seeds.values())) and m != "joint"]
@@ -193,7 +194,7 @@ def by_task(results, watched="ortho"):
         return ""
     others = [m for m in ("single", *projected) if m in runs]
     fifths = [run["conflicts"]["fifths"] for run in runs.get(watched, {}).values()]
-    seen = [f"its gradient's length, {watched}", f"its weight, {watched}"] if fifths else []
+    seen = ["length", f"{watched}'s weight"] if fifths else []
     rows = [["task", *(f"{m} − joint" for m in others), *seen]]
     for t in results["tasks"]:
         row = [t]
@@ -205,15 +206,15 @@ def by_task(results, watched="ortho"):
             ]
             row.append(mean_and_spread(gains) if gains else "")
         if fifths:
-            row.append(f"{np.mean([x['norms'][t] for x in fifths]):.2f}")
-            row.append(f"{np.mean([x['effective'][t] for x in fifths]):.2f}")
+            row.append(f"{np.mean([x['norms'][t][0] for x in fifths]):.2f}")
+            row.append(f"{np.mean([x['effective'][t][0] for x in fifths]):.2f}")
         rows.append(row)
     return markdown(rows)
 
 
 BY_TASK = (
-    "By task, in points. Where single is far above joint, joint training has drowned the task: often one with a short "
-    "gradient. A weight is what the update made of the task's own gradient: joint's are 1, a projection's at least 1."
+    "By task, in points. Where single is far above joint, joint training has neglected the task. length: of its "
+    "gradient, in the first fifth; weight: what the update made of it. Joint's are 1, a projection's at least 1."
 )
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import plot  # noqa: E402
+from conftest import trained  # noqa: E402
 
 
 def axes_of(figure):
@@ -28,11 +29,16 @@ def lines_of(axis):
     return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in axis.get_lines()}
 
 
+@pytest.fixture(scope="session")
+def scored(demo, tmp_path_factory):
+    flags = "--tasks sst2,mrpc --methods single,joint,ortho --steps 6 --eval-every 2 --seeds 0,1"
+    return trained(demo, tmp_path_factory.mktemp("scored") / "out", flags)[0]
+
+
 @pytest.fixture
-def on_the_way(run, tmp_path):
-    status, *_ = run("--tasks sst2,mrpc --methods single,joint,ortho --steps 6 --eval-every 2 --seeds 0,1 --lr 1e-2")
-    assert not status
-    return tmp_path / "out"
+def on_the_way(scored, tmp_path):
+    """A run that was scored on its way, to do with as one likes."""
+    return shutil.copytree(scored, tmp_path / "out")
 
 
 def test_scores_and_losses_are_the_logs(on_the_way):
