@@ -332,18 +332,24 @@ def origin(name, cells):
     )
 
 
+ENOUGH = 3  # seeds that a cell's tables are shown from
+
+
 def experiment_table(folder):
-    """The text of results.md for an experiment's units: its cells, then, for neither page, what was chosen by."""
-    cells = units_of(folder)
-    searches = {name: rows for name, rows in cells.items() if name.startswith("search")}
-    shown = {name: rows for name, rows in cells.items() if name not in searches}
-    parts = []
-    for name, rows in shown.items():
-        parts += premise_text(rows) if folder.name == "premise" else cell_text(name, rows)
-    parts += [origin(folder.name, cells), MORE]
-    for name, rows in searches.items():
-        parts += [f"### {name}", markdown(search_table(rows))]
-    return "\n\n".join(parts) + "\n"
+    """The text of results.md for an experiment's units: its cells, then what rates and weights were chosen by."""
+    cells, parts = units_of(folder), []
+    for name, rows in cells.items():
+        if name.startswith("search"):
+            continue
+        seeds = max(len(found) for found in rows.values())
+        if seeds < min(ENOUGH, len(EXPERIMENTS[folder.name][1][name].seeds)):
+            parts.append(f"### {name}\n\n{seeds} of {len(EXPERIMENTS[folder.name][1][name].seeds)} seeds: not yet.")
+        else:
+            parts += premise_text(rows) if folder.name == "premise" else cell_text(name, rows)
+    for name, rows in cells.items():
+        if name.startswith("search"):
+            parts += [f"### {name}", markdown(search_table(rows))]
+    return "\n\n".join([*parts, origin(folder.name, cells)]) + "\n"
 
 
 def budget_table():

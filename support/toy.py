@@ -566,8 +566,13 @@ def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, r
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo of train.py. sst2's loss counts a tenth: that its gradient is short is all that is the matter with it.
 
-DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "task_weights": "0.1,1,1,1", "steps": 500, "lr": 8e-3, "max_length": 64}
-DEMO |= {"methods": "head,single,joint,pcgrad,ortho,balanced", "seeds": "0,1,2", "per_task": "stacked"}
+DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "task_weights": "0.1,1,1,1", "steps": 600, "lr": 8e-3, "warmup": 0.2}
+DEMO |= {
+    "max_length": 64,
+    "methods": "head,single,joint,pcgrad,ortho,balanced",
+    "seeds": "0,1,2",
+    "per_task": "stacked",
+}
 WELCOME = """\
 The demo: a toy grammar in place of GLUE, and an encoder so small that it is pretrained now, in half a minute.
 Four tasks share one adapter, and sst2's loss counts a tenth of the others'. So its gradient is short, and joint
