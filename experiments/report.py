@@ -696,14 +696,14 @@ def draw(results):
         made["main"] = figure_main(plt, results["main"])
     for name, (cells, tasks) in DIFFERENCES.items():
         there = {cell: rows for cell, rows in units_of(RESULTS / name).items() if cell in cells}
-        if there:
+        if there and all(len(rows.get("joint", ())) >= ENOUGH for rows in there.values()):
             made[name] = results[name], figure_differences(plt, there, tasks)
     return made
 
 
 # {experiment: (cells in one figure, tasks in its panels)}
 DIFFERENCES = {
-    "toy": (("p = 0.5, 400 steps", "p = 0.5, 1600 steps"), ("", "sst2")),
+    "toy": (("p = 0.5, 400 steps, lr 0.008", "p = 0.5, 1600 steps, lr 0.008"), ("", "sst2")),
     "scales": (("W = 10, 400 steps", "W = 10, 1500 steps"), ("", "sst2", "stsb")),
 }
 

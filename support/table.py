@@ -214,7 +214,7 @@ def by_task(results, watched="ortho"):
 
 BY_TASK = (
     "By task, in points. Where single is far above joint, joint training has neglected the task. length: of its "
-    "gradient, in the first fifth; weight: what the update made of it. Joint's are 1, a projection's at least 1."
+    "gradient, in the first fifth. weight: of that gradient in the update; joint's is 1, a projection's at least 1."
 )
 
 
@@ -290,8 +290,8 @@ def report(results, timings, about):
         "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
         f"{base}, all tasks' batches together.",
         differences(timings),
-        by_task(results),
         BY_TASK if by_task(results) else "",
+        by_task(results),
         merges(results, about["methods"]),
         picture(results),
     ]
