@@ -213,8 +213,9 @@ def by_task(results, watched="ortho"):
 
 
 BY_TASK = (
-    "By task, in points. Where single is far above joint, joint training has neglected the task. length: of its "
-    "gradient, in the first fifth. weight: of that gradient in the update; joint's is 1, a projection's at least 1."
+    "By task, in points. Where single is far above joint, joint training has neglected the task. length: of the task's "
+    "gradient, its loss's weight included, in the first fifth of the steps. weight: how many times that gradient is in "
+    "the update, then; in joint's it is once, in a projection's at least once."
 )
 
 
@@ -228,7 +229,7 @@ def picture(results, method="ortho"):
     for name, rate in rates.items():
         number = next((part for part in name.split(".") if part.isdigit()), "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine, all steps and seeds"
+    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine; of unrelated ones, 50 %"
     lines = [title, "", "layer  " + "".join(f"{f:<32}" for f in factors)]
     for number, found in layers.items():
         shares = [np.mean(found.get(factor, [0.0])) for factor in factors]
@@ -287,8 +288,8 @@ def report(results, timings, about):
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
         + f", {s['dtype']} on {hardware}.",
         table(results, timings),
-        "A score is the mean of the task's metrics × 100. adapter, heads: trained scalars. step time: relative to "
-        f"{base}, all tasks' batches together.",
+        "A score is the mean of the task's metrics × 100. gap recovered: of the average, (method − joint) / (single − "
+        f"joint). adapter, heads: trained scalars. step time: of all tasks' batches together, relative to {base}.",
         differences(timings),
         BY_TASK if by_task(results) else "",
         by_task(results),

@@ -574,10 +574,10 @@ DEMO |= {
     "per_task": "stacked",
 }
 WELCOME = """\
-The demo: a toy grammar in place of GLUE, and an encoder so small that it is pretrained now, in half a minute.
-Four tasks share one adapter, and sst2's loss counts a tenth of the others'. So its gradient is short, and joint
-training neglects it. In the tables at the end compare sst2 alone (single), with the others (joint), and with
-gradients projected (ortho), or also brought to one length (balanced).
+The demo: a toy grammar under the names of four GLUE tasks, and an encoder so small that it is pretrained now, in half
+a minute. Then some two minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others',
+so that its gradient is short. What becomes of sst2 with an adapter of its own (single), with the others (joint), with
+gradients projected (pcgrad, ortho), and projected when all are of one length (balanced)? head: without any adapter.
 """
 
 
