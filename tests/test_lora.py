@@ -471,6 +471,9 @@ def load_in_peft(base, folder, tensors, config):
 
 
 SEVEN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+VIT = ["q_proj", "v_proj"], ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]
+if not any(name.endswith("q_proj") for name, _ in task_model("vit")[0].named_modules()):  # transformers 5.0
+    VIT = ["query", "value"], ["dense", "key", "query", "value"]
 IN_PEFT = [  # family, targets, what target_modules says: None for whole paths
     ("llama", SEVEN, SEVEN),
     ("llama", "all-linear", SEVEN),
@@ -478,8 +481,8 @@ IN_PEFT = [  # family, targets, what target_modules says: None for whole paths
     ("bert", None, ["query", "value"]),
     ("bert", "all-linear", ["dense", "key", "query", "value"]),
     ("bert", ["attention.output.dense", "key"], None),
-    ("vit", None, ["q_proj", "v_proj"]),
-    ("vit", "all-linear", ["fc1", "fc2", "k_proj", "o_proj", "q_proj", "v_proj"]),
+    ("vit", None, VIT[0]),
+    ("vit", "all-linear", VIT[1]),
     ("roberta", None, ["query", "value"]),
     ("roberta", "all-linear", None),
     ("distilbert", None, ["q_lin", "v_lin"]),
