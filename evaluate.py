@@ -13,7 +13,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from glue import (
@@ -54,17 +53,21 @@ def load_tuned(encoder, folder, task):
 
 
 @torch.inference_mode()
-def predict(model, task, encoded):
-    """Class ids, or scores: (n,), of encoded texts; LoRA layers are merged into the weights, in place."""
+def logits_of(model, task, encoded):
+    """(n, outputs) on the CPU, of encoded texts; LoRA layers are merged into the weights, in place."""
     merge_lora(model.encoder).eval()
     model.heads.eval()
-    regression, device = TASKS[task].outputs == 1, next(model.parameters()).device
-    predictions = np.zeros(len(encoded), np.float32 if regression else np.int64)  # (n,)
+    device, found = next(model.parameters()).device, torch.zeros(len(encoded), TASKS[task].outputs)
     for rows in evaluation_batches(encoded, 256 if device.type == "cuda" else 64):
         batch = inputs([encoded[i] for i in rows], model.encoder.config.pad_token_id, device)
-        logits = model(task, *batch)  # (batch, outputs)
-        predictions[rows] = (logits.squeeze(1) if regression else logits.argmax(1)).cpu().numpy()
-    return predictions
+        found[torch.from_numpy(rows)] = model(task, *batch).cpu()
+    return found
+
+
+def predict(model, task, encoded):
+    """Class ids, or scores: (n,)."""
+    logits = logits_of(model, task, encoded)
+    return (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).numpy()
 
 
 def scores_in_training(model, encoder, tasks):

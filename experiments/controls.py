@@ -27,9 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import ortholora  # noqa: E402
 import train  # noqa: E402
-from evaluate import load_tuned  # noqa: E402
-from glue import evaluation_batches, inputs  # noqa: E402
-from lora import merge_lora  # noqa: E402
+from evaluate import load_tuned, logits_of  # noqa: E402
 from support import table  # noqa: E402
 from support.checkpoint import BadInput, read_json, write_text  # noqa: E402
 
@@ -63,9 +61,7 @@ def check(s):
     """What the shams can't do. Raises BadInput."""
     methods = s.methods.split(",")
     if s.control and not all(m in train.METHODS and train.METHODS[m].project for m in methods):
-        raise BadInput(
-            f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name only such"
-        )
+        raise BadInput(f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name such")
     if s.control and s.sequential:
         raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
     if s.jobs > 1:
@@ -78,20 +74,12 @@ def check(s):
 # Beside the scores
 
 
-@torch.inference_mode()
 def validation_loss(model, data):
     """(mean loss, share of the commonest prediction) on the validation split.
 
     The loss is cross-entropy in nats, or squared error over the variance of the training labels, as in training.
     """
-    merge_lora(model.encoder).eval()
-    model.heads.eval()
-    device, logits = next(model.parameters()).device, [None] * len(data.validation)
-    for rows in evaluation_batches(data.validation, 64):
-        batch = inputs([data.validation[i] for i in rows], model.encoder.config.pad_token_id, device)
-        for i, x in zip(rows, model(data.name, *batch).cpu(), strict=True):
-            logits[i] = x
-    logits, labels = torch.stack(logits), torch.as_tensor(data.validation_labels)  # (n, outputs), (n,)
+    logits, labels = logits_of(model, data.name, data.validation), torch.as_tensor(data.validation_labels)
     if data.regression:
         return F.mse_loss(logits[:, 0], labels.float()).item() / data.label_variance(), 0.0
     return F.cross_entropy(logits, labels).item(), logits.argmax(1).bincount().max().item() / len(labels)
@@ -104,11 +92,9 @@ def losses(s):
     for method in read_json(Path(s.out) / "results.json")["methods"]:
         for seed, folder in table.seed_folders(Path(s.out), method).items():
             for data in tasks:
-                loss, commonest = validation_loss(load_tuned(encoder, folder / data.name, data.name), data)
-                found.setdefault(method, {}).setdefault(str(seed), {})[data.name] = {
-                    "loss": loss,
-                    "commonest": commonest,
-                }
+                said = validation_loss(load_tuned(encoder, folder / data.name, data.name), data)
+                entry = dict(zip(("loss", "commonest"), said, strict=True))
+                found.setdefault(method, {}).setdefault(str(seed), {})[data.name] = entry
     return found
 
 
