@@ -200,9 +200,14 @@ def main(argv=None):
 
     matplotlib.use("agg")
     try:
-        path = args.file or args.out / "plot.svg"
-        draw(args.out, args.method).savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (BadInput, OSError, ValueError) as e:  # ValueError: a kind of file that matplotlib does not know
+        path, figure = args.file or args.out / "plot.svg", draw(args.out, args.method)
+        kinds = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:] not in kinds:
+            raise BadInput(
+                f"--file {path}: matplotlib writes {', '.join(kinds)}, not {path.suffix or 'a file without'}"
+            )
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except (BadInput, OSError) as e:
         print(f"plot.py: {e}", file=sys.stderr)
         return 2
     print(f"wrote {path}")

@@ -2,9 +2,9 @@
 
     python experiments/premise.py --model M --glue G --tasks cola,mrpc,sst2,stsb,mnli --rank 8 --seeds 0 --out OUT
 
-The other flags are train.py's. After 25, 100 and all --steps, training stops for a while, and 128 batches of each task
-that it has not seen are run through the model as it stands, in G = 8 groups of 16. With x_gi the mean gradient of task
-i in group g, the products of the true mean gradients, free of bias since the groups are independent, are
+The other flags are train.py's. After 25, 100 and all --steps, training stops for a while, and 128 batches of each task,
+drawn anew from its training rows, are run through the model as it stands, in G = 8 groups of 16. With x_gi the mean
+gradient of task i in group g, the products of the true mean gradients, free of bias since the groups are independent:
 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
 
@@ -14,6 +14,7 @@ OUT/results.json has it, beside the share of pairs that conflict batch by batch,
 """
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -141,18 +142,18 @@ def run(s):
     optimizer, begin = train.make_optimizer("joint", trained, s), time.perf_counter()
     points = [*(point for point in POINTS if point < s.steps), s.steps]
     stream = batches_of_steps(tasks, seed, s, pad, device)
-    unseen = batches_of_steps(tasks, train.seed_of("unseen", seed), s, pad, device)
+    others = batches_of_steps(tasks, train.seed_of("others", seed), s, pad, device)
     with tqdm(total=len(tasks) * (s.steps + len(points) * GROUPS * BATCHES), unit="batch", mininterval=10) as bar:
         for step in range(s.steps):
             optimizer.zero_grad()
             train.gradients("joint", model, next(stream), None, train.seed_of(seed, step), s)
-            torch.nn.utils.clip_grad_norm_(trained.values(), s.clip)
+            torch.nn.utils.clip_grad_norm_(trained.values(), s.clip or math.inf)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * train.lr_at(step, s)
             optimizer.step()
             bar.update(len(tasks))
             if step + 1 in points:
-                found[step + 1] = measure(model, tasks, unseen, bar)
+                found[step + 1] = measure(model, tasks, others, bar)
     seconds = time.perf_counter() - begin
     kept = {name: value for name, value in asdict(s).items() if name not in ("model", "glue", "out")}
     results = {"settings": kept, "tasks": [d.name for d in tasks], "methods": {"joint": {s.seeds: {"points": found}}}}
