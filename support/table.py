@@ -209,14 +209,11 @@ def by_task(results, watched="ortho"):
             row.append(f"{np.mean([x['norms'][t][0] for x in fifths]):.2f}")
             row.append(f"{np.mean([x['effective'][t][0] for x in fifths]):.2f}")
         rows.append(row)
-    return markdown(rows)
-
-
-BY_TASK = (
-    "By task, in points. Where single is far above joint, joint training has neglected the task. length: of the task's "
-    "gradient, its loss's weight included, in the first fifth of the steps. weight: how many times that gradient is in "
-    "the update, then; in joint's it is once, in a projection's at least once."
-)
+    said = "By task, in points. Where single is far above joint, joint training has neglected the task."
+    if fifths:
+        said += " length: of the task's gradient, its loss's weight included, in the first fifth of the steps."
+        said += " weight: how often that gradient is in the update then; 1 as in joint training, 10 ten times as much."
+    return f"{said}\n\n{markdown(rows)}"
 
 
 def picture(results, method="ortho"):
@@ -229,7 +226,7 @@ def picture(results, method="ortho"):
     for name, rate in rates.items():
         number = next((part for part in name.split(".") if part.isdigit()), "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine; of unrelated ones, 50 %"
+    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine; 50 % is chance"
     lines = [title, "", "layer  " + "".join(f"{f:<32}" for f in factors)]
     for number, found in layers.items():
         shares = [np.mean(found.get(factor, [0.0])) for factor in factors]
@@ -291,7 +288,6 @@ def report(results, timings, about):
         "A score is the mean of the task's metrics × 100. gap recovered: of the average, (method − joint) / (single − "
         f"joint). adapter, heads: trained scalars. step time: of all tasks' batches together, relative to {base}.",
         differences(timings),
-        BY_TASK if by_task(results) else "",
         by_task(results),
         merges(results, about["methods"]),
         picture(results),

@@ -566,18 +566,27 @@ def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, r
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo of train.py. sst2's loss counts a tenth: that its gradient is short is all that is the matter with it.
 
-DEMO = {"tasks": "sst2,mrpc,mnli,stsb", "task_weights": "0.1,1,1,1", "steps": 600, "lr": 8e-3, "warmup": 0.2}
-DEMO |= {
-    "max_length": 64,
+DEMO = {
+    "tasks": "sst2,mrpc,mnli,stsb",
+    "task_weights": "0.1,1,1,1",
     "methods": "head,single,joint,pcgrad,ortho,balanced",
     "seeds": "0,1,2",
+    "steps": 600,
+    "lr": 8e-3,
+    "warmup": 0.2,
+    "max_length": 64,
     "per_task": "stacked",
 }
 WELCOME = """\
 The demo: a toy grammar under the names of four GLUE tasks, and an encoder so small that it is pretrained now, in half
 a minute. Then some two minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others',
-so that its gradient is short. What becomes of sst2 with an adapter of its own (single), with the others (joint), with
-gradients projected (pcgrad, ortho), and projected when all are of one length (balanced)? head: without any adapter.
+so that its gradient is short. What becomes of sst2? By method:
+  head      no adapter: what the frozen encoder knows
+  single    an adapter of its own for each task
+  joint     one adapter for all, their gradients added
+  pcgrad    the same, gradients projected, all factors as one
+  ortho     the same, gradients projected, each A and each B alone
+  balanced  every task's gradient brought to one length, then ortho
 """
 
 

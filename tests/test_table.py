@@ -169,7 +169,7 @@ def test_table_by_hand(by_hand):
     first = lines.index("layer  A                               B")
     assert lines[first + 1] == "    0  █████···············  25 %      █████···············  25 %"
     assert lines[first + 2] == "    1  ██████████··········  50 %      ██████████··········  50 %"
-    assert "by task pair: a-b 25 %" in text and "in joint's it is once" in text
+    assert "by task pair: a-b 25 %" in text and "weight: how often" in text
 
 
 def test_the_columns_of_a_table_are_aligned(by_hand):
