@@ -144,8 +144,7 @@ def gathered(unit, folder):
 
 def reproduce(name, args):
     """Run what is missing of an experiment, until the time is over."""
-    todo = [u for u in units(name) if not u.path(args.results).exists() and (u.cell.wanted or args.cell)]
-    todo = [u for u in todo if not args.cell or args.cell in u.name]
+    todo = [u for u in units(name) if args.cell in u.name and not u.path(args.results).exists()]
     end = time.monotonic() + 60 * args.minutes
     print(f"{name}: {EXPERIMENTS[name][0]} {len(todo)} units to run")
 
@@ -242,7 +241,7 @@ def main():
     args = parser.parse_args()
     if not args.experiment:
         for name, (about, _) in EXPERIMENTS.items():
-            there = [unit.path(args.results).exists() for unit in units(name) if unit.cell.wanted]
+            there = [unit.path(args.results).exists() for unit in units(name)]
             print(f"{name:14} {about} {sum(there)} of {len(there)} units")
         for name, do in SPECIAL.items():
             print(f"{name:14} {do.__doc__}")
