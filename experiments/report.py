@@ -4,9 +4,8 @@
     python experiments/report.py --check    says where a page or a table differs from the results, and ends with 1
 
 A block stands between <!-- experiments/results/….md --> and <!-- end -->: in experiments/README.md that file, word for
-word, up to where it says <!-- more -->; in README.md only as far as the end of its first table. No number of an
-experiment stands elsewhere. Figures carry their results' checksum. Needs requirements-dev.txt: intervals are scipy's,
-figures matplotlib's.
+word; in README.md only as far as the end of its first table. No number of an experiment stands elsewhere. Figures carry
+their results' checksum. Needs requirements-dev.txt: intervals are scipy's, figures matplotlib's.
 """
 
 import argparse
@@ -34,8 +33,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from plan import CONTRASTS, EXPERIMENTS  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
-
-MORE = "<!-- more -->"  # what follows it in a results.md is for neither page
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -83,19 +80,6 @@ def share(gain, gap):
     return f"{100 * np.mean(gain) / np.mean(gap):.0f} % [{100 * found[0]:.0f}, {100 * found[1]:.0f}]"
 
 
-def verdict(found, up, down, neither):
-    """The words that an interval allows."""
-    _, low, high = found
-    return up if low > 0 else down if high < 0 else neither
-
-
-def compared(average, row, base):
-    """One line about two rows, as strong as their interval allows."""
-    found = interval(average[row] - average[base])
-    words = verdict(found, "scores higher than", "scores lower than", "is not shown to differ from")
-    return f"- `{row}` {words} `{base}` ({signed(found)} points)."
-
-
 def source(r):
     """Where numbers come from: the last line of every table."""
     jobs = f"{r['jobs']} runs at a time, " * (r.get("jobs", 1) > 1)
@@ -104,11 +88,6 @@ def source(r):
         f"`{r['command']}`, seeds {', '.join(map(str, seeds))}; {r['minutes']:.0f} minutes of runs, {jobs}"
         f"{r['hardware']} ({r['processor']}), torch {r['torch']}, commit {r['commit']}, {r['date']}."
     )
-
-
-def averages(runs):
-    """{method: {seed: entry}} -> {method: (seeds,)}"""
-    return {m: np.array([entry["average"] for entry in seeds.values()]) for m, seeds in runs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,13 +168,13 @@ def score_table(rows, tasks):
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
 
 
-def difference_table(rows, tasks, base, score="score"):
+def difference_table(rows, tasks, base):
     """Every row less `base`, paired by seed, with 95 % intervals; and what could have been seen of the average."""
     table = [[f"less {base}", *tasks, "average", "could have seen"]]
     for row, found in rows.items():
         if row == base or len(differences(values(found), values(rows[base]))) < 2:
             continue
-        pairs = [differences(*(values(x, task, score) for x in (found, rows[base]))) for task in [*tasks, ""]]
+        pairs = [differences(*(values(x, task) for x in (found, rows[base]))) for task in [*tasks, ""]]
         table.append([row, *(signed(interval(x), 1) for x in pairs), f"{detectable(pairs[-1]):.1f}"])
     return table
 
@@ -226,7 +205,7 @@ def recovered(rows, tasks, row):
     return "; ".join(parts)
 
 
-def cell_text(name, rows, lines=()):
+def cell_text(name, rows):
     """A cell as its tables, under a heading."""
     tasks = list(entry(next(iter(next(iter(rows.values())).values())))["tasks"])
     parts = [f"### {name}", markdown(score_table(rows, tasks))]
@@ -238,7 +217,7 @@ def cell_text(name, rows, lines=()):
     table, norms = weight_table(rows, tasks)
     if norms:
         parts += [markdown(table), norms]
-    return [*parts, *lines]
+    return parts
 
 
 CLEAR = 3  # a task's mean gradient is said to be there from so many of its errors on
@@ -322,7 +301,7 @@ def origin(name, cells):
     found = [unit for rows in cells.values() for row in rows.values() for unit in row.values()]
     hardware = ", ".join(sorted({f"{unit['hardware']} ({unit['processor']})" for unit in found}))
     commits, dates = sorted({unit["commit"] for unit in found}), sorted({unit["date"] for unit in found})
-    total = sum(len(cell.rows) * len(cell.seeds) for cell in EXPERIMENTS[name][1].values() if cell.wanted)
+    total = sum(len(cell.rows) * len(cell.seeds) for cell in EXPERIMENTS[name][1].values())
     needs = "" if all(unit["data"].startswith("toy") for unit in found) else " --model MODEL --glue GLUE"
     return (
         f"`python experiments/reproduce.py {name}{needs}`: {len(found)} of {total} units, each with its command and "
@@ -374,23 +353,19 @@ def contrast_table():
     """The text of contrasts.md: plan.py's contrasts, with Holm's correction, as far as their units are there."""
     found, p_values = {}, {}
     for c in CONTRASTS:
-        rows = units_of(RESULTS / c.experiment).get(c.cell, {}) if c.experiment in EXPERIMENTS else {}
-        x = (
-            [differences(*(values(rows[r], "", c.score) for r in (c.row, c.base)))]
-            if {c.row, c.base} <= rows.keys()
-            else []
-        )
-        wanted = len(EXPERIMENTS[c.experiment][1][c.cell].seeds) if c.experiment in EXPERIMENTS else 0
-        found[c] = x[0] if x else np.array([]), wanted
-        if wanted and len(found[c][0]) == wanted:
-            p_values[c] = stats.ttest_1samp(found[c][0], 0).pvalue
+        rows, wanted = units_of(RESULTS / c.experiment).get(c.cell, {}), len(EXPERIMENTS[c.experiment][1][c.cell].seeds)
+        there = {c.row, c.base} <= rows.keys()
+        x = differences(*(values(rows[row], "", c.score) for row in (c.row, c.base))) if there else np.array([])
+        found[c] = x, wanted
+        if len(x) == wanted:
+            p_values[c] = stats.ttest_1samp(x, 0).pvalue
     complete = len(p_values) == len(CONTRASTS)
     adjusted = holm(p_values | dict.fromkeys((c for c in CONTRASTS if c not in p_values), 1.0))
     table = [["contrast", "cell", "score", "points, 95 % interval", "p", "p, Holm", "", "could have seen"]]
     for c, (x, wanted) in found.items():
         start = [f"{c.row} − {c.base}", f"{c.experiment}: {c.cell}", c.score]
         if c not in p_values:
-            table.append([*start, f"not yet: {len(x)} of {wanted or '?'} seeds", "", "", "", ""])
+            table.append([*start, f"not yet: {len(x)} of {wanted} seeds", "", "", "", ""])
             continue
         words = "shown" if adjusted[c] < 0.05 else "not shown"
         numbers = [signed(interval(x)), f"{p_values[c]:.2g}", f"{adjusted[c]:.2g}", words, f"{detectable(x):.1f}"]
@@ -401,167 +376,6 @@ def contrast_table():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def comparison(r):
-    """main, three, balance: every method against joint training, paired by seed."""
-    runs = {row: next(iter(methods.values())) for row, methods in r["runs"].items()}
-    average, tasks, projected = averages(runs), r["tasks"], ("pcgrad", "ortho")
-    gap = average["single"] - average["joint"] if "single" in average else None
-    of_gap = ["share of the gap, 95 %"] if gap is not None else []
-    rows = [["method", *tasks, "average", "− joint, 95 % interval", *of_gap, "lr"]]
-    guess = next(iter(r["majority"].values()))
-    rows.append(
-        [
-            "majority class",
-            *(f"{guess[t]:.1f}" for t in tasks),
-            f"{np.mean([guess[t] for t in tasks]):.1f}",
-            *[""] * (len(rows[0]) - len(tasks) - 2),
-        ]
-    )
-    for row, entries in runs.items():
-        gain = average[row] - average["joint"]
-        part = [] if gap is None else [share(gain, gap) if row in projected else ""]
-        rows.append(
-            [
-                row,
-                *(mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks),
-                mean_and_spread(average[row]),
-                "" if row == "joint" else signed(interval(gain)),
-                *part,
-                f"{r['chosen'][row]:g}",
-            ]
-        )
-    lines = []
-    if gap is not None:
-        there = verdict(
-            interval(gap),
-            "joint training loses to one adapter per task",
-            "joint training beats one adapter per task",
-            "no difference between joint training and one adapter per task is shown",
-        )
-        lines.append(f"- The gap: {there} (single − joint {signed(interval(gap))} points).")
-    given = [row for row in runs if " at " in row]  # at a rate that was not chosen
-    pairs = list(itertools.combinations([row for row in runs if row not in ("head", "single", *given)], 2))
-    for base in [row for row in given if row.startswith("joint")]:
-        same = [row for row in runs if row != base and r["chosen"][row] == r["chosen"][base] and row != "head"]
-        pairs += [(base, row) for row in same]
-    lines += [compared(average, row, base) for base, row in pairs]
-    seen = [e["conflicts"] for e in runs["ortho" if "ortho" in runs else "ortho, balanced"].values()]
-    rates = {pair: 100 * np.mean([c["pairs"][pair] for c in seen]) for pair in seen[0]["pairs"]}
-    lines.append(
-        f"- Conflicts: {100 * np.mean([c['rate'] for c in seen]):.1f} % of task pairs per factor and step, "
-        f"mean cosine {np.mean([c['cosine'] for c in seen]):+.3f}; projection took "
-        f"{100 * np.mean([c['removed'] for c in seen]):.0f} % of a task's gradient norm. By pair: "
-        + ", ".join(f"{pair} {x:.0f} %" for pair, x in sorted(rates.items(), key=lambda p: -p[1]))
-        + "."
-    )
-    s = r["settings"]
-    how = (
-        f"{s['steps']} steps of {s['batch-size']} examples per task, at most {s['max-length']} tokens, "
-        f"{len(r['seeds'])} seeds (± their standard deviation), the official validation splits. "
-    )
-    if not any(r["held_out"].values()):
-        return [markdown(rows), "\n".join(lines), how + "The learning rate is the main table's for `joint`."]
-    how += (
-        "Each method's learning rate is the best of three on 300 training rows of each task that were held out, by "
-        "half as many steps and one other seed" + ", but where it is given" * bool(given) + "."
-    )
-    return [markdown(rows), "\n".join(lines), how, MORE, held_out(r)]
-
-
-def held_out(r):
-    """The table that the learning rates were chosen by."""
-    rates = sorted({float(rate) for scores in r["held_out"].values() for rate in scores})
-    rows = [["held out, average", *(f"{rate:g}" for rate in rates)]]
-    for row, scores in r["held_out"].items():
-        if not scores:
-            continue
-        scores = {float(rate): f"{x:.1f}" for rate, x in scores.items()}
-        rows.append([row, *(scores.get(rate, "") for rate in rates)])
-    return markdown(rows)
-
-
-def given_rates(r):
-    """The rates in the rows' flags."""
-    found = dict.fromkeys(
-        f"{row.split(': ')[0]} `{flags[flags.index('--lr') :].partition(' --tasks')[0]}`"
-        for row, flags in r["rows"].items()
-    )
-    return ", ".join(found)
-
-
-def lori(r):
-    """LoRA and LoRI, alone and merged."""
-    runs = {m: seeds for methods in r["runs"].values() for m, seeds in methods.items()}
-    average, tasks = averages(runs), r["tasks"]
-    rows = [["method", *tasks, "average", "− single, 95 % interval", "trained"]]
-    guess = next(iter(r["majority"].values()))
-    rows.append(
-        ["majority class", *(f"{guess[t]:.1f}" for t in tasks), f"{np.mean([guess[t] for t in tasks]):.1f}", "", ""]
-    )
-    for m, entries in runs.items():
-        scores = (mean_and_spread([e["scores"][t] for e in entries.values()]) for t in tasks)
-        rows.append(
-            [
-                m,
-                *scores,
-                mean_and_spread(average[m]),
-                "" if m == "single" else signed(interval(average[m] - average["single"]), 1),
-                f"{next(iter(entries.values()))['adapter_parameters']:,}",
-            ]
-        )
-    cosines = []
-    for m, entries in runs.items():
-        if m.endswith("-merged"):
-            below = np.tril_indices(len(tasks), -1)
-            found = np.abs([np.array(e["cosines"])[below] for e in entries.values()])
-            cosines.append(f"{m} {found.mean():.3f} ({found.max():.3f})")
-    s = r["settings"]
-    pairs = [("lori-d", "single"), ("lori-s", "single"), ("lori-s", "lori-d"), ("lori-s-merged", "lora-merged")]
-    return [
-        markdown(rows),
-        "\n".join(
-            [
-                *(compared(average, row, base) for row, base in pairs),
-                f"- |cosine| between the merged deltas, on average (at most): {', '.join(cosines)}.",
-            ]
-        ),
-        f"{s['steps']} steps of {s['batch-size']} examples, at most {s['max-length']} tokens, {len(r['seeds'])} "
-        f"seeds (± their standard deviation). Rates given, not chosen here: {given_rates(r)}.",
-    ]
-
-
-def continual(r):
-    """What is left of each task after the others."""
-    rows, lost = [["order", "method", "average at the end", "forgetting", "overlap of masks"]], {}
-    for row, methods in r["runs"].items():
-        order = row.split(": ")[1].replace(",", ", ")
-        for m, entries in methods.items():
-            shared = [e["overlap"] for e in entries.values() if "overlap" in e]
-            lost.setdefault(order, {})[m] = np.array([e["forgetting"] for e in entries.values()])
-            rows.append(
-                [
-                    order,
-                    {"single": "LoRA"}.get(m, m),
-                    mean_and_spread([*averages({m: entries})[m]]),
-                    mean_and_spread([e["forgetting"] for e in entries.values()]),
-                    f"{np.mean(shared):.3f}" if shared else "",
-                ]
-            )
-    s, lines = r["settings"], []
-    for order, x in lost.items():
-        found = interval(x["lori-s"] - x["single"])
-        words = verdict(found, "forgets more than", "forgets less than", "is not shown to forget less or more than")
-        lines.append(f"- {order}: `lori-s` {words} LoRA ({signed(found)} points).")
-    return [
-        markdown(rows),
-        "\n".join(lines),
-        f"{s['steps']} steps of {s['batch-size']} examples for each task, at most "
-        f"{s['max-length']} tokens, {len(r['seeds'])} seeds (± their standard deviation). Forgetting: a task's "
-        "score after its own stage, less that at the end, averaged over all but the last. Rates given, not chosen "
-        f"here: {given_rates(r)}.",
-    ]
 
 
 def demo(r):
@@ -593,21 +407,13 @@ def trust(r):
     ]
 
 
-TABLES = {
-    "main": comparison,
-    "lori": lori,
-    "continual": continual,
-    "demo": demo,
-    "trust": trust,
-}
+TABLES = {"demo": demo, "trust": trust}
 
 
 def table(path):
     """The text of results.md for a results.json."""
     r = json.loads(path.read_text())
-    parts = TABLES[r["experiment"]](r)
-    parts.insert(parts.index(MORE) if MORE in parts else len(parts), source(r))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*TABLES[r["experiment"]](r), source(r)]) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,8 +498,6 @@ def draw(results):
         "figure.dpi": 100,
     }
     made = {"method": schematic(plt)}
-    if "main" in results:
-        made["main"] = figure_main(plt, results["main"])
     for name, (cells, tasks) in DIFFERENCES.items():
         there = {cell: rows for cell, rows in units_of(RESULTS / name).items() if cell in cells}
         if there and all(len(rows.get("joint", ())) >= ENOUGH for rows in there.values()):
@@ -708,7 +512,7 @@ DIFFERENCES = {
 }
 
 
-BLUE, RED, GREY = "#2b6cb0", "#c53030", "#a0aec0"
+BLUE, RED = "#2b6cb0", "#c53030"
 COLORS, MARKERS = ("#0072b2", "#d55e00", "#009e73"), "osD"  # Okabe and Ito's, for all eyes
 
 
@@ -743,28 +547,6 @@ def schematic(plt):
         axis.axis("off")
     figure.tight_layout()
     return "schematic", figure
-
-
-def figure_main(plt, r):
-    """Every seed's difference from joint training, with its interval."""
-    average = averages({row: next(iter(methods.values())) for row, methods in r["runs"].items()})
-    methods = [m for m in ("single", "pcgrad", "ortho") if m in average]
-    figure, axis = plt.subplots(figsize=(6.5, 2.3))
-    for y, m in enumerate(reversed(methods)):
-        x = average[m] - average["joint"]
-        mean, low, high = interval(x)
-        axis.plot([low, high], [y, y], color=BLUE, lw=2.5, solid_capstyle="butt")
-        axis.plot(x, np.full(len(x), y + 0.22), "o", color=GREY, ms=4)
-        axis.plot(mean, y, "o", color=BLUE, ms=7)
-    axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(range(len(methods)), list(reversed(methods)))
-    axis.set(
-        ylim=(-0.5, len(methods) - 0.3),
-        xlabel="points above joint training, average of the tasks: each seed, their mean, its 95 % interval",
-    )
-    axis.xaxis.label.set_fontsize(9)
-    figure.tight_layout()
-    return r, figure
 
 
 def figure_differences(plt, cells, tasks):
@@ -811,7 +593,7 @@ def embed(text, page):
         path = ROOT / match[1]
         if not path.exists():
             raise SystemExit(f"report.py: {page.name} has a block of {match[1]}, which is not there")
-        shown = path.read_text().partition(MORE)[0].strip()
+        shown = path.read_text().strip()
         shown = first_table(shown) if page.parent == ROOT else shown
         folder = os.path.relpath(path.parent, page.parent)
         shown = re.sub(r"\]\((?=[\w.-]+\.md\))", f"]({folder}/", shown)  # links of the file, from where the page is

@@ -44,14 +44,20 @@ def world():
 
 def test_the_example_prints_what_the_readme_says():
     """As the README shows it, in comments under the print; the last bits are the machine's."""
-    code, printed = snippets(README)[0], io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})  # noqa: S102
-    shown = re.findall(r"^# (.+?)  a (\S+)  b (\S+)$", code, re.M)
-    found = re.findall(r"^(.+?)  a (\S+)  b (\S+)$", printed.getvalue(), re.M)
+
+    def printed(code):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code, {})  # noqa: S102
+        return re.findall(r"^(.+?)  a (\S+)  b (\S+)$", out.getvalue(), re.M)
+
+    code = snippets(README)[0]
+    shown, found = re.findall(r"^# (.+?)  a (\S+)  b (\S+)$", code, re.M), printed(code)
     assert [name.strip() for name, *_ in shown] == [name.strip() for name, *_ in found] and len(shown) == 3
     for (_, *a), (_, *b) in zip(shown, found, strict=True):
         assert [float(x) for x in a] == pytest.approx([float(x) for x in b], abs=0.02)
+    assert "range(100)" in code and "with `range(300)` all errors print as 0.00" in README
+    assert {x for _, *errors in printed(code.replace("range(100)", "range(300)")) for x in errors} == {"0.00"}
 
 
 def test_the_usage_snippet_runs_and_trains(world):

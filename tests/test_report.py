@@ -44,12 +44,6 @@ def test_no_share_where_the_gap_may_be_zero_or_is_the_other_way_round():
     assert report.share(gain, np.array([-1.0, 0.5, 1.0])) == "no gap to recover"
 
 
-def test_words_go_as_far_as_the_interval():
-    assert report.verdict((1, 0.1, 2), "up", "down", "neither") == "up"
-    assert report.verdict((-1, -2, -0.1), "up", "down", "neither") == "down"
-    assert report.verdict((1, -0.1, 2), "up", "down", "neither") == "neither"
-
-
 def test_holm_by_hand():
     """0.01 · 3 = 0.03; 0.02 · 2 = 0.04; 0.03 · 1 = 0.03, but no less than the one before it."""
     assert report.holm({"a": 0.03, "b": 0.01, "c": 0.02}) == pytest.approx({"b": 0.03, "c": 0.04, "a": 0.04})
