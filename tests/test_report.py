@@ -144,11 +144,11 @@ def test_check_fails_where_a_number_of_a_page_is_changed(page, tmp_path, monkeyp
 
 
 def test_the_readme_shows_a_first_table_and_the_other_page_all(tmp_path, monkeypatch):
-    """Links of a results file are right from where the page is; what follows <!-- more --> is on neither."""
+    """Links of a results file are right from where the page is."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
     results = tmp_path / "experiments" / "results" / "x"
     results.mkdir(parents=True)
-    (results / "results.md").write_text("Two.\n\n| a |\n|---|\n| [y](y.md) |\n\nMore.\n\n<!-- more -->\n\nNo.\n")
+    (results / "results.md").write_text("Two.\n\n| a |\n|---|\n| [y](y.md) |\n\nMore.\n")
     start, end = "<!-- experiments/results/x/results.md -->\n", "<!-- end -->"
     brief = report.embed(start + end, tmp_path / "README.md")
     whole = report.embed(start + end, tmp_path / "experiments" / "README.md")
