@@ -144,7 +144,7 @@ def gathered(unit, folder):
 
 def reproduce(name, args):
     """Run what is missing of an experiment, until the time is over."""
-    todo = [u for u in units(name) if args.cell in u.name and not u.path(args.results).exists()]
+    todo = [u for u in units(name) if re.search(args.only, f"{u.name}: {u.row}") and not u.path(args.results).exists()]
     end = time.monotonic() + 60 * args.minutes
     print(f"{name}: {EXPERIMENTS[name][0]} {len(todo)} units to run")
 
@@ -231,7 +231,7 @@ SPECIAL = {"demo": demo, "trust": trust}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=[*EXPERIMENTS, *SPECIAL])
-    parser.add_argument("--cell", default="", help="only cells with this in their name")
+    parser.add_argument("--only", default="", metavar="REGEX", help="units in whose CELL: ROW this is found")
     parser.add_argument("--model", help="checkpoint folder or Hub id")
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
     parser.add_argument("--jobs", type=int, default=1, help="units at a time, of one thread each [1]")

@@ -431,7 +431,7 @@ def test_reproduce_runs_what_is_missing_and_says_where_it_comes_from(tmp_path, s
     rows = {"joint": "--methods joint", "ortho, agree": "--methods ortho --control agree --lr 1e-2"}
     cells = {"one": plan.Cell(SMALL, rows, range(2)), "other": plan.Cell(SMALL, rows, range(1))}
     assert not small(cells, "--minutes=0")
-    found = small(cells, "--jobs=2", "--cell=one")
+    found = small(cells, "--jobs=2", "--only=^one:")
     assert len(found) == 4 and set(found) == {f"one-{row}-seed{n}" for row in ("joint", "ortho-agree") for n in (0, 1)}
     unit = found["one-ortho-agree-seed1"]
     assert unit["command"].startswith("python experiments/controls.py --tasks sst2,mrpc") and str(tmp_path) not in str(
@@ -448,7 +448,7 @@ def test_reproduce_runs_what_is_missing_and_says_where_it_comes_from(tmp_path, s
     assert {"accuracy", "score", "loss", "commonest"} <= kept["tasks"]["sst2"].keys()
     (tmp_path / "results/small/units/one-joint-seed0.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("results/small/units/*")}
-    assert small(cells, "--cell=one").keys() == found.keys()
+    assert small(cells, "--only=^one:").keys() == found.keys()
     assert all(path.stat().st_mtime_ns == old for path, old in before.items())
     assert len(small(cells)) == 6
 
