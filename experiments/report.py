@@ -109,10 +109,9 @@ def units_of(folder):
     return cells
 
 
-def entry(unit):
-    """What the unit's one method says."""
-    (found,) = unit["results"].values()
-    return found
+def entry(unit, method=""):
+    """What a method of the unit's says: the last, if none is named; those before it are what it is made of."""
+    return unit["results"][method] if method else [*unit["results"].values()][-1]
 
 
 def values(found, task="", score="score"):
@@ -168,15 +167,19 @@ def score_table(rows, tasks):
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
 
 
-def difference_table(rows, tasks, base):
-    """Every row less `base`, paired by seed, with 95 % intervals; and what could have been seen of the average."""
-    table = [[f"less {base}", *tasks, "average", "could have seen"]]
-    for row, found in rows.items():
-        if row == base or len(differences(values(found), values(rows[base]))) < 2:
-            continue
-        pairs = [differences(*(values(x, task) for x in (found, rows[base]))) for task in [*tasks, ""]]
-        table.append([row, *(signed(interval(x), 1) for x in pairs), f"{detectable(pairs[-1]):.1f}"])
+def difference_table(title, pairs, tasks):
+    """[(name, row, base)] -> row - base, paired by seed, with 95 % intervals; and what the average could have shown."""
+    table = [[title, *tasks, "average", "could have seen"]]
+    for name, row, base in pairs:
+        x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
+        if len(x[-1]) > 1:
+            table.append([name, *(signed(interval(d), 1) for d in x), f"{detectable(x[-1]):.1f}"])
     return table
+
+
+def less(rows, base):
+    """The pairs of all rows with one of them."""
+    return [(row, found, rows[base]) for row, found in rows.items() if row != base]
 
 
 def weight_table(rows, tasks):
@@ -210,7 +213,7 @@ def cell_text(name, rows):
     tasks = list(entry(next(iter(next(iter(rows.values())).values())))["tasks"])
     parts = [f"### {name}", markdown(score_table(rows, tasks))]
     if "joint" in rows:
-        parts.append(markdown(difference_table(rows, tasks, "joint")))
+        parts.append(markdown(difference_table("less joint", less(rows, "joint"), tasks)))
         if "single" in rows and len(differences(values(rows["single"]), values(rows["joint"]))) > 2:
             rest = [row for row in rows if row not in ("single", "joint") and len(rows[row]) > 2]
             parts.append("\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest))
@@ -218,6 +221,52 @@ def cell_text(name, rows):
     if norms:
         parts += [markdown(table), norms]
     return parts
+
+
+def by_method(rows):
+    """{method: {seed: unit}} of rows whose units have several methods, each as if it had been run alone."""
+    found = {}
+    for seed, unit in itertools.chain.from_iterable(units.items() for units in rows.values()):
+        for method, said in unit["results"].items():
+            found.setdefault(method, {})[seed] = unit | {"results": {method: said}}
+    return found
+
+
+def lori_text(name, rows):
+    """LoRI, alone and merged: scores, each method less LoRA's, and each merged less what it was before."""
+    methods = by_method(rows)
+    tasks = list(entry(next(iter(methods["single"].values())))["tasks"])
+    alone = {m: found for m, found in methods.items() if not m.endswith("-merged")}
+    merged = {m: found for m, found in methods.items() if m.endswith("-merged")}
+    before = {m: methods[{"lora-merged": "single"}.get(m, m.removesuffix("-merged"))] for m in merged}
+    trained = ", ".join(f"{m} {entry(next(iter(x.values())))['adapter_parameters']:,}" for m, x in alone.items())
+    tables = [
+        score_table(methods, tasks),
+        difference_table("alone, less single", less(alone, "single"), tasks),
+        difference_table("merged, less lora-merged", less(merged, "lora-merged"), tasks),
+        difference_table("by merging", [(m, merged[m], before[m]) for m in merged], tasks),
+    ]
+    return [f"### {name}", *map(markdown, tables), f"Trained scalars of all adapters: {trained}."]
+
+
+def continual_text(name, rows):
+    """One task after the other: each task's score after its own training and at the end, and what was forgotten."""
+    order = next(iter(rows["single"].values()))["tasks"]
+    ends = {row: [entry(unit)["matrix"] for unit in found.values()] for row, found in rows.items()}
+    table = [["own training → at the end", *order, "average at the end", "forgetting", "seeds"]]
+    apart = [["less single", "average at the end", "forgetting", "forgetting: could have seen"]]
+    for row, found in rows.items():
+        then = [
+            f"{np.mean([m[k][k] for m in ends[row]]):.1f} → {np.mean([m[-1][k] for m in ends[row]]):.1f}"
+            for k in range(len(order))
+        ]
+        of = {x: {seed: entry(unit)[x] for seed, unit in found.items()} for x in ("average", "forgetting")}
+        table.append([row, *then, *(mean_and_spread(list(x.values())) for x in of.values()), str(len(found))])
+        base = {x: {seed: entry(unit)[x] for seed, unit in rows["single"].items()} for x in of}
+        pairs = [differences(of[x], base[x]) for x in of]
+        if row != "single" and len(pairs[0]) > 1:
+            apart.append([row, *(signed(interval(x), 1) for x in pairs), f"{detectable(pairs[1]):.1f}"])
+    return [f"### {name}", markdown(table), markdown(apart)]
 
 
 CLEAR = 3  # a task's mean gradient is said to be there from so many of its errors on
@@ -244,7 +293,7 @@ def with_error(found):
     return f"{found[0]:+.2f} ± {found[1]:.2f} ({found[2]})" if found else "—"
 
 
-def premise_text(rows):
+def premise_text(name, rows):
     """Cosines of the mean gradients: by pair and point at rank 8, A against B, and by rank."""
     points = {row: [next(iter(u["results"].values()))["points"] for u in found.values()] for row, found in rows.items()}
     tasks, steps = next(iter(rows["rank 8"].values()))["tasks"], list(points["rank 8"][0])
@@ -276,7 +325,7 @@ def premise_text(rows):
         "or more from zero, ± its jackknife error; a dash: in none. SNR: |mean gradient|² over the mean square of one "
         "batch's gradient."
     )
-    return [*(markdown(x) for x in (table, apart, ranks, signal)), note]
+    return [f"### {name}", *(markdown(x) for x in (table, apart, ranks, signal)), note]
 
 
 def search_table(rows):
@@ -324,7 +373,10 @@ def experiment_table(folder):
         if seeds < min(ENOUGH, len(EXPERIMENTS[folder.name][1][name].seeds)):
             parts.append(f"### {name}\n\n{seeds} of {len(EXPERIMENTS[folder.name][1][name].seeds)} seeds: not yet.")
         else:
-            parts += premise_text(rows) if folder.name == "premise" else cell_text(name, rows)
+            script = Path(EXPERIMENTS[folder.name][1][name].script).stem
+            several = any(len(unit["results"]) > 1 for found in rows.values() for unit in found.values())
+            kinds = {"premise": premise_text, "continual": continual_text}
+            parts += kinds.get(script, lori_text if several else cell_text)(name, rows)
     for name, rows in cells.items():
         if name.startswith("search"):
             parts += [f"### {name}", markdown(search_table(rows))]

@@ -76,7 +76,7 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
     assert report.differences(*(report.values(rows[r], "sst2") for r in ("single", "joint"))).tolist() == [20, 18, 22]
     assert report.values(rows["ortho"]) == {1: 80, 2: 81.5}
     assert report.values(rows["ortho"], "sst2", "accuracy") == {1: 80, 2: 78}
-    table = report.difference_table(rows, ["sst2", "mrpc"], "joint")
+    table = report.difference_table("less joint", report.less(rows, "joint"), ["sst2", "mrpc"])
     assert [row[0] for row in table] == ["less joint", "single", "ortho"]
     mean, low, high = report.interval([20, 18, 22])
     assert table[1][1] == f"+{mean:.1f} [+{low:.1f}, +{high:.1f}]"
@@ -84,6 +84,47 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
     assert scores[1][:4] == ["majority class", "50.0", "70.0", "60.0"]
     assert scores[2][0] == "single" and scores[2][-2:] == ["sst2 1", "3"]
     assert "of sst2 " in report.recovered(rows, ["sst2", "mrpc"], "ortho")
+
+
+def flat(text):
+    """Without the columns' padding."""
+    return re.sub(" +", " ", "\n".join(text) if isinstance(text, list) else text)
+
+
+def test_merging_is_measured_against_the_same_adapters_alone():
+    """sst2 loses 10 and 12 points by LoRA's merging, mrpc 4 and 4; LoRI's lose 1 and 1, and nothing."""
+
+    def of(seed, **scores):
+        made = {m: unit(seed, *pair)["results"]["joint"] | {"adapter_parameters": 5000} for m, pair in scores.items()}
+        return unit(seed, 0, 0) | {"results": made}
+
+    rows = {
+        "lora-merged": {
+            0: of(0, **{"single": (90, 80), "lora-merged": (80, 76)}),
+            1: of(1, **{"single": (91, 80), "lora-merged": (79, 76)}),
+        },
+        "lori-d-merged": {
+            0: of(0, **{"lori-d": (88, 80), "lori-d-merged": (87, 80)}),
+            1: of(1, **{"lori-d": (89, 80), "lori-d-merged": (88, 80)}),
+        },
+    }
+    _, _, alone, merged, lost, trained = map(flat, report.lori_text("one", rows))
+    assert "| lori-d | -2.0 [-2.0, -2.0] | +0.0 [+0.0, +0.0] | -1.0 [-1.0, -1.0] |" in alone
+    assert "| lori-d-merged | +8.0 " in merged and "| lora-merged" not in merged
+    assert "| lora-merged | -11.0 " in lost and "| lori-d-merged | -1.0 [-1.0, -1.0] | +0.0 " in lost
+    assert trained == "Trained scalars of all adapters: single 5,000, lori-d 5,000."
+
+
+def test_what_is_forgotten_is_shown_by_task():
+    def of(first, end):
+        entry = {"matrix": [[first], [end, 70.0]], "average": (end + 70) / 2, "forgetting": first - end}
+        return {"tasks": ["sst2", "mrpc"], "results": {"any": entry}}
+
+    rows = {"single": {0: of(90, 60), 1: of(92, 64)}, "lori-s": {0: of(88, 86), 1: of(89, 86)}}
+    _, table, apart = map(flat, report.continual_text("one", rows))
+    assert "| single | 91.0 → 62.0 | 70.0 → 70.0 | 66.0 ± 1.4 | 29.0 ± 1.4 | 2 |" in table
+    assert "| lori-s | 88.5 → 86.0 |" in table and "| single" not in apart
+    assert f"| lori-s | +12.0 [-0.7, +24.7] | {report.signed(report.interval([-28, -25]), 1)} |" in apart
 
 
 def test_a_search_marks_the_best_rate():
