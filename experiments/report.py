@@ -94,11 +94,18 @@ def source(r):
 # Units: the files of reproduce.py, and what they say together
 
 
+A_AND_B = {"mrpc": "A", "qqp": "B"}  # what flipped.py makes is not GLUE, and its tasks are not called so
+
+
 def units_of(folder):
     """{cell: {row: {seed: unit}}} of what has finished, in the plan's order."""
     there = {}
     for path in sorted((folder / "units").glob("*.json")):
         unit = json.loads(path.read_text())
+        if unit["data"].startswith("flipped"):
+            unit = json.loads(
+                path.read_text(), object_pairs_hook=lambda pairs: {A_AND_B.get(name, name): x for name, x in pairs}
+            )
         there[unit["cell"], unit["row"], unit["seed"]] = unit
     cells = {}
     for name, cell in EXPERIMENTS[folder.name][1].items():
@@ -401,16 +408,18 @@ def budget_table():
     return f"{markdown(table)}\n\nTogether {total:.0f} hours of one thread, as far as timed; two run at a time.\n"
 
 
+def pairs_of(c, task=""):
+    """(row - base, paired by seed, of a contrast's units so far; how many the plan wants)."""
+    rows, wanted = units_of(RESULTS / c.experiment).get(c.cell, {}), len(EXPERIMENTS[c.experiment][1][c.cell].seeds)
+    there = {c.row, c.base} <= rows.keys()
+    x = differences(*(values(rows[row], task, c.score) for row in (c.row, c.base))) if there else np.array([])
+    return x, wanted
+
+
 def contrast_table():
     """The text of contrasts.md: plan.py's contrasts, with Holm's correction, as far as their units are there."""
-    found, p_values = {}, {}
-    for c in CONTRASTS:
-        rows, wanted = units_of(RESULTS / c.experiment).get(c.cell, {}), len(EXPERIMENTS[c.experiment][1][c.cell].seeds)
-        there = {c.row, c.base} <= rows.keys()
-        x = differences(*(values(rows[row], "", c.score) for row in (c.row, c.base))) if there else np.array([])
-        found[c] = x, wanted
-        if len(x) == wanted:
-            p_values[c] = stats.ttest_1samp(x, 0).pvalue
+    found = {c: pairs_of(c) for c in CONTRASTS}
+    p_values = {c: stats.ttest_1samp(x, 0).pvalue for c, (x, wanted) in found.items() if len(x) == wanted}
     complete = len(p_values) == len(CONTRASTS)
     adjusted = holm(p_values | dict.fromkeys((c for c in CONTRASTS if c not in p_values), 1.0))
     table = [["contrast", "cell", "score", "points, 95 % interval", "p", "p, Holm", "", "could have seen"]]
@@ -550,6 +559,8 @@ def draw(results):
         "figure.dpi": 100,
     }
     made = {"method": schematic(plt)}
+    if any(len(x) == wanted for x, wanted in map(pairs_of, CONTRASTS)):
+        made["contrasts"] = results["contrasts"], figure_contrasts(plt)
     for name, (cells, tasks) in DIFFERENCES.items():
         there = {cell: rows for cell, rows in units_of(RESULTS / name).items() if cell in cells}
         if there and all(len(rows.get("joint", ())) >= ENOUGH for rows in there.values()):
@@ -623,6 +634,26 @@ def figure_differences(plt, cells, tasks):
     return figure
 
 
+def figure_contrasts(plt):
+    """The contrasts that are whole, each by task and on average, with 95 % intervals."""
+    whole = [c for c in CONTRASTS if len(pairs_of(c)[0]) == pairs_of(c)[1]]
+    figure, axes = plt.subplots(1, len(whole), figsize=(9, 2.6), squeeze=False)
+    for axis, c in zip(axes[0], whole, strict=True):
+        rows = units_of(RESULTS / c.experiment)[c.cell]
+        names = [*entry(next(iter(rows[c.row].values())))["tasks"], ""]
+        for y, task in enumerate(reversed(names)):
+            mean, low, high = interval(pairs_of(c, task)[0])
+            color = COLORS[0] if task else COLORS[1]
+            axis.plot([low, high], [y, y], color=color, lw=2, solid_capstyle="butt")
+            axis.plot(mean, y, MARKERS[0 if task else 2], color=color, ms=5)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set(title=f"{c.row} − {c.base}\n{c.experiment}: {c.cell}", xlabel=f"points of {c.score}")
+        axis.set(yticks=range(len(names)), yticklabels=[name or "average" for name in reversed(names)])
+        axis.title.set_fontsize(8)
+    figure.tight_layout()
+    return figure
+
+
 def checksum(shown):
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
@@ -692,7 +723,8 @@ def main():
     for folder in sorted(path.parent for path in RESULTS.glob("*/units")):
         results[folder.name] = experiment_table(folder)
         settle(folder / "results.md", results[folder.name])
-    settle(RESULTS / "contrasts.md", contrast_table())
+    results["contrasts"] = contrast_table()
+    settle(RESULTS / "contrasts.md", results["contrasts"])
     settle(RESULTS / "budget.md", budget_table())
     settle(RESULTS / "cost.md", cost())
     for page in PAGES:

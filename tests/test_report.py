@@ -64,7 +64,8 @@ def unit(seed, sst2, mrpc, experiment="toy", commonest=0.6):
     """A unit's file, as far as report.py reads it."""
     tasks = {"sst2": {"score": sst2, "accuracy": sst2 / 100, "loss": 0.5, "commonest": commonest}}
     tasks["mrpc"] = {"score": mrpc, "accuracy": mrpc / 100, "loss": 0.7, "commonest": 0.5}
-    return {"seed": seed, "majority": {"sst2": 50.0, "mrpc": 70.0}, "results": {"joint": {"tasks": tasks}}}
+    about = {"seed": seed, "data": "glue", "majority": {"sst2": 50.0, "mrpc": 70.0}}
+    return about | {"results": {"joint": {"tasks": tasks}}}
 
 
 def test_tables_pair_by_seed_and_take_each_task_by_itself():
@@ -155,6 +156,17 @@ def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, mo
     p = stats.ttest_1samp(gains, 0).pvalue
     assert f"| {p:.2g} |" in re.sub(" +", " ", text) and f"| {2 * p:.2g} | shown |" in re.sub(" +", " ", text)
     assert text.count("not yet") == 1 and "counts as p = 1" in text
+
+
+def test_a_construction_is_not_called_by_the_names_of_glue(tmp_path, monkeypatch):
+    cell = plan.Cell("", {"joint": ""}, range(1))
+    monkeypatch.setattr(report, "EXPERIMENTS", {"x": ("", {"one": cell})})
+    (tmp_path / "x" / "units").mkdir(parents=True)
+    for data, names in (("flipped 0.5", ["A", "B"]), ("glue", ["mrpc", "qqp"])):
+        tasks = {task: {"score": 50.0} for task in ("mrpc", "qqp")}
+        found = {"cell": "one", "row": "joint", "seed": 0, "data": data, "results": {"joint": {"tasks": tasks}}}
+        (tmp_path / "x" / "units" / "one.json").write_text(json.dumps(found))
+        assert list(report.entry(report.units_of(tmp_path / "x")["one"]["joint"][0])["tasks"]) == names
 
 
 def test_pages_and_results_agree():
