@@ -100,7 +100,7 @@ def described(folder, args, alone):
     found |= {"revision": "main", "glue": "nyu-mll/glue", "max_length": "128"}
     found |= {name: metadata[name] for name in ("revision", "glue", "max_length") if name in metadata}
     given = vars(args) | ({"task": args.tasks} if alone else {})
-    found |= {name: given[name] for name in found if given.get(name)}
+    found |= {name: given[name] for name in found if given.get(name) is not None}
     if found["task"] not in TASKS:
         raise BadInput(f"{folder} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
     if not found["model"] or not isinstance(found["model"], str):
@@ -162,6 +162,8 @@ def main(argv=None):
     try:
         device, found = find_device(args.device), adapters_in(args.adapter)
         about = [described(folder, args, len(found) == 1) for folder in found]
+        if args.tasks and len(found) > 1:
+            raise BadInput(f"--tasks {args.tasks}: {args.adapter} has {len(found)} adapters, which say their own")
         done = [evaluate(folder, said, device, args.submit) for folder, said in zip(found, about, strict=True)]
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)

@@ -83,9 +83,10 @@ def balance(rows):
 
     For between `collect` and `project`. Ours, not the paper's: without it a task moves the adapter as far as its
     gradient is long, and one with short gradients is drowned by the others, in conflict or not. A zero row stays zero
-    and is not in the mean. Waits for nothing.
+    and is not in the mean, nor is a row that is not finite, which `Conflicts.check` then names. Waits for nothing.
     """
     norms = gram_matrix(rows[:, None])[:, 0, 0].sqrt()  # (T,), as T blocks of one task
+    norms = norms.where(norms.isfinite(), 0.0)
     scales = norms.sum() / norms.count_nonzero().clamp(min=1) / torch.where(norms == 0, 1.0, norms)
     rows *= scales.clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype)[:, None]
 

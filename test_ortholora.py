@@ -499,9 +499,10 @@ def test_balance_of_a_row_next_to_nothing_is_finite():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_balance_lets_what_is_not_finite_through(bad):
-    rows = torch.tensor([[1.0, 2.0], [1.0, bad]])
+    rows = torch.tensor([[3.0, 4.0], [1.0, bad], [0.0, 1.0]])
     balance(rows)
     assert not rows[1].isfinite().all()
+    torch.testing.assert_close(rows[::2], torch.tensor([[1.8, 2.4], [0.0, 3.0]]))  # without it: else all were NaN
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def load_or_demo(s, given):
         try:
             return agreed(lambda: load(s), everywhere=True)
         except HubError as e:
-            if {"model", "glue", "tasks"} & given.keys():
+            if {"model", "revision", "glue", "tasks"} & given.keys():
                 raise
             print(f"NOTICE: {e}.\nSo this is the demo; with files of your own, give --model FOLDER --glue FOLDER.\n")
     toy = agreed(demo)
@@ -555,8 +555,6 @@ def main(argv=None):
         given = parse(argv)
         s = Settings(**demo_settings(given, WORLD) if "demo" in given else given)
         check(s)
-        if s.demo and {"model", "glue"} & given.keys():
-            raise BadInput("--demo brings its own model and data: leave out --model and --glue")
         runs.join_processes(s.device)
         with runs.Workers(run) as workers:
             return compare(s, given, argv, workers)

@@ -236,6 +236,7 @@ DRAW = {"sst2": sst2, "mrpc": mrpc, "mnli": mnli, "stsb": stsb}
 LABELS = {
     "sst2": ["negative", "positive"],
     "mrpc": ["not_equivalent", "equivalent"],
+    "qqp": ["not_duplicate", "duplicate"],  # of experiments/flipped.py
     "mnli": ["entailment", "neutral", "contradiction"],
     "stsb": None,
 }
@@ -268,15 +269,15 @@ def make_tasks(rng, conflict=CONFLICT, sizes=(2000, 400)):
     return tasks
 
 
-def write_glue(folder, tasks):
-    """Write `make_tasks`'s rows as the Hub has nyu-mll/glue: NAME/SPLIT-00000-of-00001.parquet and a README.md.
+def write_glue(folder, tasks, name="a toy GLUE out of a small grammar"):
+    """Write {task: {split: [row, ...]}} as the Hub has nyu-mll/glue: NAME/SPLIT-00000-of-00001.parquet and a README.md.
 
     The README's description of each task is a digest of its files: `datasets` knows a local folder's rows in its cache
     by what the README says, so that without it a second folder would be read as the first.
     """
     from datasets import ClassLabel, Dataset, Features, Value
 
-    lines = ["---", "pretty_name: a toy GLUE out of a small grammar", "configs:"]
+    lines = ["---", f"pretty_name: {name}", "configs:"]
     for task, splits in tasks.items():
         (Path(folder) / task).mkdir(parents=True, exist_ok=True)
         files, digest = [], hashlib.sha256()
@@ -593,8 +594,10 @@ so that its gradient is short. What becomes of sst2? By method:
 def demo_settings(given, processes):
     """train.py's settings for the demo, {name: value}, those that were given first.
 
-    The weights are for the demo's own tasks, and --balance would have none; --jobs is for one process.
+    The weights are for the demo's own tasks, and --balance would have none; --jobs is for one process. Raises BadInput.
     """
+    if {"model", "glue"} & given.keys():
+        raise BadInput("--demo brings its own model and data: leave out --model and --glue")
     own = {name: x for name, x in DEMO.items() if name != "task_weights" or not {"tasks", "balance"} & given.keys()}
     return own | {"jobs": min(8, os.cpu_count()) if processes == 1 else 1} | given
 
@@ -616,7 +619,7 @@ def main():
     except (ValueError, OSError) as e:  # BadInput is a ValueError
         print(f"support.toy: {e}", file=sys.stderr)
         return 2
-    for task, splits in make_tasks(random.Random(f"tasks {args.seed}"), args.conflict, (8, 1)).items():
+    for task, splits in make_tasks(random.Random(f"tasks {args.seed}"), args.conflict).items():
         print(f"\n{task}")
         for row in splits["train"][:3]:
             *texts, label = row.values()

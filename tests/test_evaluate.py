@@ -221,6 +221,8 @@ def test_an_adapter_that_does_not_say_its_task(finished, demo, tmp_path, capsys)
         (["OUT/ortho/seed0/sst2", "--device", "nothing"], "--device nothing: "),
         (["OUT/ortho/seed0/sst2", "--model", "./nowhere"], "there is no model folder ./nowhere"),
         (["OUT/ortho/seed0/sst2", "--tasks", "sst3"], "does not say its task"),
+        (["OUT/ortho/seed0", "--tasks", "sst2"], "adapters, which say their own"),
+        (["OUT/ortho/seed0/sst2", "--max-length", "0"], "--max-length 0: "),
         (["OUT/ortho/seed0/sst2", "--submit", "submission"], "no split 'test'"),
         (["OUT"], "no adapter_config.json there"),
     ],
