@@ -42,6 +42,7 @@ from evaluate import find_device  # noqa: E402
 from model import Config, Encoder, load_encoder  # noqa: E402
 from ortholora import OrthoLoRA  # noqa: E402
 from support import runs  # noqa: E402
+from support.checkpoint import BadInput  # noqa: E402
 from support.hub import find_checkpoint  # noqa: E402
 from support.table import markdown  # noqa: E402
 
@@ -398,8 +399,7 @@ def bench_memory(args, device):
     ]
     return (
         rows,
-        [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()]
-        + [{"rows_bytes": TP, "standing_bytes": TP}],
+        [{"mode": mode, "peak_bytes": peak} for mode, peak in peaks.items()] + [{"rows_bytes": TP}],
         notes,
     )
 
@@ -595,4 +595,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BadInput, OSError) as e:
+        print(f"bench.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -6,7 +6,8 @@
 Both replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
 
     agree    of the pairs that agree, instead: v_i = g_i; where <v_i, g_j> > 0: v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j.
-             As many pairs, weights as large, and the short gradient raised most; nothing is made orthogonal
+             The short gradient is raised most, and nothing is made orthogonal. Where half of the pairs conflict, as by
+             chance, there are as many and weights are as large; where most agree, they are larger: look at both
     late     C of the step before, on this step's gradients; at the first step, the identity. The lengths change slowly,
              so it raises whom the projection raises; which batches disagree it knows only of the step before
 
@@ -57,13 +58,15 @@ class Settings(train.Settings):
     control: str = train.setting("", "the sham in the projection's place", ["", "agree", "late"])
 
 
-def check(s):
+def check(s, given):
     """What the shams can't do. Raises BadInput."""
     methods = s.methods.split(",")
     if s.control and not all(m in train.METHODS and train.METHODS[m].project for m in methods):
         raise BadInput(f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name such")
     if s.control and s.sequential:
         raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
+    if s.demo or not {"model", "glue"} <= set(given):
+        raise BadInput("controls.py wants --model and --glue; the demo has workers and seeds of its own")
     if s.jobs > 1:
         raise BadInput("--jobs: workers would know nothing of --control; several processes can share an --out")
     if s.control == "late" and ("," in s.seeds + s.methods or s.save_every < 1e6):
@@ -102,9 +105,10 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     plain, train.Settings = train.Settings, Settings  # so that the flag is parsed, and settings.json binds it
     try:
-        s = Settings(**train.parse(argv))
+        given = train.parse(argv)
+        s = Settings(**given)
         train.check(s)
-        check(s)
+        check(s, given)
         if s.control:
             ortholora.projection_coefficients = {"agree": agree, "late": late()}[s.control]
         status = train.main(argv)

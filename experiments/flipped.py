@@ -14,7 +14,6 @@ The rows are the same at every share. A and B train on rows of their own, and ar
 """
 
 import argparse
-import hashlib
 import random
 import sys
 from pathlib import Path
@@ -22,8 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support.checkpoint import BadInput, write_text  # noqa: E402
-from support.hub import quiet, read_splits  # noqa: E402
+from support.checkpoint import BadInput  # noqa: E402
+from support.hub import read_splits  # noqa: E402
+from support.toy import write_glue  # noqa: E402
 
 TRAIN, VALIDATION = (1800, 4200), (300, 700)  # rows of MRPC, of QQP; for each task
 NAMES = {"mrpc": ("sentence1", "sentence2"), "qqp": ("question1", "question2")}  # A, B
@@ -73,24 +73,13 @@ def make(glue, share, seed):
     return tasks
 
 
-def write(folder, tasks):
-    """As the Hub has nyu-mll/glue. The README's digests tell `datasets` one such folder from another."""
-    from datasets import Dataset, Features, Value
-
-    lines = ["---", "pretty_name: two tasks made of MRPC and QQP, not GLUE", "configs:"]
-    for task, splits in tasks.items():
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(repr(splits).encode()).hexdigest()[:16]
-        lines += [f"- config_name: {task}", f"  description: rows {digest}", "  data_files:"]
-        for split, rows in splits.items():
-            columns = dict(zip((*NAMES[task], "label"), map(list, zip(*rows, strict=True)), strict=True))
-            types = dict.fromkeys(NAMES[task], Value("string")) | {"label": Value("int32")}
-            with quiet():
-                Dataset.from_dict(
-                    columns | {"idx": list(range(len(rows)))}, Features(types | {"idx": Value("int32")})
-                ).to_parquet(folder / task / f"{split}-00000-of-00001.parquet")
-            lines.append(f"  - {{split: {split}, path: {task}/{split}-*}}")
-    write_text(folder / "README.md", "\n".join([*lines, "---", ""]))
+def named(tasks):
+    """The same with rows as {column: value}, as `write_glue` wants them."""
+    columns = {task: (*names, "label") for task, names in NAMES.items()}
+    return {
+        task: {split: [dict(zip(columns[task], row, strict=True)) for row in rows] for split, rows in splits.items()}
+        for task, splits in tasks.items()
+    }
 
 
 def main(argv=None):
@@ -102,7 +91,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         tasks = make(args.glue, args.share, args.seed)
-        write(args.folder, tasks)
+        write_glue(args.folder, named(tasks), "two tasks made of MRPC and QQP, not GLUE")
     except (BadInput, OSError) as e:
         print(f"flipped.py: {e}", file=sys.stderr)
         return 2

@@ -2,15 +2,17 @@
 
     python experiments/premise.py --model M --glue G --tasks cola,mrpc,sst2,stsb,mnli --rank 8 --seeds 0 --out OUT
 
-The other flags are train.py's. After 25, 100 and all --steps, training stops for a while, and 128 batches of each task,
-drawn anew from its training rows, are run through the model as it stands, in G = 8 groups of 16. With x_gi the mean
-gradient of task i in group g, the products of the true mean gradients, free of bias since the groups are independent:
+The other flags are train.py's, as far as they are about joint training without dropout; it runs on the CPU. After 25,
+100 and all --steps, training stops for a while, and 128 batches of each task, drawn anew from its training rows, are
+run through the model as it stands, in G = 8 groups of 16. With x_gi the mean gradient of task i in group g, the
+products of the true mean gradients, free of bias since the groups are independent, are
 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
 
-g_i being the gradient of one batch (McCandlish et al. 2018, arXiv 1812.06162). Errors are the jackknife's over the
-groups. This is done for all A, for all B, for both, and for the change of the weights, dW = B dA + dB A, times scale.
-OUT/results.json has it, beside the share of pairs that conflict batch by batch, per factor, as Ortho-LoRA sees it.
+g_i being the gradient of one batch, of which SNR is the signal's share (McCandlish et al. 2018, arXiv 1812.06162).
+Errors are the jackknife's over the groups. This is done for all A, for all B, for both, and for the change of the
+weights, dW = B dA + dB A, times scale. OUT/results.json has it, beside the share of pairs that conflict batch by batch,
+per factor, as Ortho-LoRA sees it.
 """
 
 import json
@@ -164,7 +166,7 @@ def run(s):
 def main(argv=None):
     try:
         s = train.Settings(**train.parse(sys.argv[1:] if argv is None else argv))
-        s.dtype, s.per_task = s.dtype.replace("auto", "fp32"), "loop"
+        s.device, s.dtype, s.per_task = "cpu", s.dtype.replace("auto", "fp32"), "loop"
         train.check(s)
         if not s.seeds.isdecimal() or not s.out:
             raise BadInput(f"premise.py: one seed and --out FOLDER, not --seeds {s.seeds} --out {s.out!r}")

@@ -4,7 +4,7 @@
     python experiments/report.py --check    says where a page or a table differs from the results, and ends with 1
 
 A block stands between <!-- experiments/results/….md --> and <!-- end -->: in experiments/README.md that file, word for
-word; in README.md only as far as the end of its first table. No number of an experiment stands elsewhere. Figures carry
+word; in README.md only as far as the end of its first table. Figures carry
 their results' checksum. Needs requirements-dev.txt: intervals are scipy's, figures matplotlib's.
 """
 
@@ -38,14 +38,14 @@ from support.table import markdown, mean_and_spread  # noqa: E402
 # Statistics
 
 
-def interval(differences, level=0.95):
-    """(mean, low, high) of paired differences, (seeds,): Student's t interval, mean ± t s / √n."""
+def interval(differences):
+    """(mean, low, high) of paired differences, (seeds,): Student's 95 % t interval, mean ± t s / √n."""
     x = np.asarray(differences, float)
-    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
 
 
-def fieller(gain, gap, level=0.95):
+def fieller(gain, gap):
     """(low, high) for the ratio of the means of two paired samples, or None where the gap's own interval has 0 in it.
 
     Fieller's interval: all θ at which the mean of gain - θ gap does not differ from 0, so the roots of
@@ -53,7 +53,7 @@ def fieller(gain, gap, level=0.95):
     where the first factor is positive: where there is a gap to recover.
     """
     x, y = np.asarray(gain, float), np.asarray(gap, float)
-    t2 = stats.t.ppf((1 + level) / 2, len(x) - 1) ** 2 / len(x)
+    t2 = stats.t.ppf(0.975, len(x) - 1) ** 2 / len(x)
     (sxx, sxy), (_, syy) = np.cov(x, y)
     a, b, c = y.mean() ** 2 - t2 * syy, x.mean() * y.mean() - t2 * sxy, x.mean() ** 2 - t2 * sxx
     if a <= 0 or y.mean() <= 0:
@@ -116,9 +116,9 @@ def units_of(folder):
     return cells
 
 
-def entry(unit, method=""):
-    """What a method of the unit's says: the last, if none is named; those before it are what it is made of."""
-    return unit["results"][method] if method else [*unit["results"].values()][-1]
+def entry(unit):
+    """What the unit's method says: the last, where there are several; those before it are what it is made of."""
+    return [*unit["results"].values()][-1]
 
 
 def values(found, task="", score="score"):
@@ -135,13 +135,13 @@ def differences(row, base):
     return np.array([row[seed] - base[seed] for seed in row if seed in base])
 
 
-def detectable(x, level=0.05, power=0.8):
-    """The smallest true difference that n pairs of this spread would have shown in 80 of 100 trials.
+def detectable(x):
+    """The smallest true difference that n pairs of this spread would have shown, at 5 %, in 80 of 100 trials.
 
-    (t_{1 - level/2} + t_{power}) s / √n, both at n - 1 degrees of freedom: near enough, and a little too small.
+    (t_{0.975} + t_{0.8}) s / √n, both at n - 1 degrees of freedom: near enough, and a little too small.
     """
     n = len(x)
-    return (stats.t.ppf(1 - level / 2, n - 1) + stats.t.ppf(power, n - 1)) * np.std(x, ddof=1) / math.sqrt(n)
+    return (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * np.std(x, ddof=1) / math.sqrt(n)
 
 
 def holm(p_values):
@@ -190,14 +190,15 @@ def less(rows, base):
 
 
 def weight_table(rows, tasks):
-    """Effective weights in the first and the last fifth, and the norms of the tasks' gradients in the first."""
-    table = [["weights under", *tasks, *(f"{task}, last fifth" for task in tasks)]]
+    """Effective weights in the first and the last fifth, how many pairs conflict, and the tasks' norms in the first."""
+    table = [["weights under", *tasks, *(f"{task}, last fifth" for task in tasks), "pairs in conflict"]]
     norms = []
     for row, found in rows.items():
         seen = [entry(unit)["conflicts"]["fifths"] for unit in found.values() if "conflicts" in entry(unit)]
         if seen:
             means = [[np.mean([x["effective"][t][fifth] for x in seen]) for t in tasks] for fifth in (0, -1)]
-            table.append([row, *(f"{x:.1f}" for x in itertools.chain(*means))])
+            rate = 100 * np.mean([np.mean(x["rate"]) for x in seen])
+            table.append([row, *(f"{x:.1f}" for x in itertools.chain(*means)), f"{rate:.1f} %"])
             norms = norms or [np.mean([x["norms"][t][0] for x in seen]) for t in tasks]
     said = ", ".join(f"{t} {x:.2g}" for t, x in zip(tasks, norms, strict=False))
     return table, f"Lengths of the tasks' gradients in the first fifth: {said}." if norms else ""
@@ -206,7 +207,7 @@ def weight_table(rows, tasks):
 def recovered(rows, tasks, row):
     """The share of the gap, single - joint, that a row brings back: of the average, and of the task that loses most."""
     parts = []
-    gaps = {t: differences(values(rows["single"], t), values(rows["joint"], t)) for t in ["", *tasks]}
+    gaps = {t: differences(values(rows["single"], t), values(rows["joint"], t)) for t in tasks}
     worst = max(tasks, key=lambda t: gaps[t].mean())
     for name, task in (("the average", ""), (worst, worst)):
         seeds = set(rows[row]) & set(rows["single"]) & set(rows["joint"])
@@ -309,11 +310,11 @@ def premise_text(name, rows):
     table = [["cosine at rank 8, A and B", *(f"after {step} steps" for step in steps)]]
     apart = [["A less B, rank 8", "A", "B", "difference", "z"]]
     for i, j in pairs:
-        name = f"{tasks[i]}-{tasks[j]}"
-        table.append([name, *(with_error(pooled(eight[step], "A and B", i, j)) for step in steps)])
+        pair = f"{tasks[i]}-{tasks[j]}"
+        table.append([pair, *(with_error(pooled(eight[step], "A and B", i, j)) for step in steps)])
         a, b, less = (pooled(eight[steps[0]], space, i, j) for space in ("A", "B", "A less B"))
-        apart.append([name, *map(with_error, (a, b, less)), f"{less[0] / less[1]:+.1f}" if less else ""])
-    signal = [["SNR of a batch, A and B", *tasks]]
+        apart.append([pair, *map(with_error, (a, b, less)), f"{less[0] / less[1]:+.1f}" if less else ""])
+    signal = [["the signal's share of a batch", *tasks]]
     ranks = [["rank", "after", "pairs there", "below −2 errors", "above 2 errors", "mean cosine", "conflicts by batch"]]
     for row, seeds in points.items():
         for step in steps:
@@ -329,8 +330,8 @@ def premise_text(name, rows):
             )
     note = (
         f"Mean over the seeds (how many in brackets) in which both tasks' mean gradients are {CLEAR} jackknife errors "
-        "or more from zero, ± its jackknife error; a dash: in none. SNR: |mean gradient|² over the mean square of one "
-        "batch's gradient."
+        "or more from zero, ± its jackknife error; a dash: in none. The signal's share: |mean gradient|² over the mean "
+        "square of one batch's gradient, A and B together."
     )
     return [f"### {name}", *(markdown(x) for x in (table, apart, ranks, signal)), note]
 
@@ -341,13 +342,15 @@ def search_table(rows):
     for row, found in rows.items():
         method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
         tasks = list(entry(next(iter(found.values())))["tasks"])
-        columns = {task: np.mean(list(values(found, task).values())) for task in tasks}
-        grid.setdefault(method, {})[float(rate)] = columns | {"average": np.mean(list(columns.values()))}
-    table = [["held out", "score", *(f"{rate:g}" for rate in sorted(next(iter(grid.values()))))]]
+        means = {task: np.mean(list(values(found, task).values())) for task in tasks}
+        grid.setdefault(method, {})[float(rate)] = means | {"average": np.mean(list(means.values()))}
+    columns = sorted({rate for rates in grid.values() for rate in rates})
+    table = [["held out", "score", *(f"{rate:g}" for rate in columns)]]
     for method, rates in grid.items():
         for score in next(iter(rates.values())) if method == "single" else ["average"]:
             best = max(rates, key=lambda rate: rates[rate][score])
-            cells = [f"**{rates[r][score]:.1f}**" if r == best else f"{rates[r][score]:.1f}" for r in sorted(rates)]
+            cells = [f"{rates[r][score]:.1f}" if r in rates else "" for r in columns]
+            cells[columns.index(best)] = f"**{rates[best][score]:.1f}**"
             table.append([method, score, *cells])
     return table
 
@@ -376,14 +379,14 @@ def experiment_table(folder):
     for name, rows in cells.items():
         if name.startswith("search"):
             continue
-        seeds = max(len(found) for found in rows.values())
-        if seeds < min(ENOUGH, len(EXPERIMENTS[folder.name][1][name].seeds)):
-            parts.append(f"### {name}\n\n{seeds} of {len(EXPERIMENTS[folder.name][1][name].seeds)} seeds: not yet.")
+        cell, seeds = EXPERIMENTS[folder.name][1][name], max(len(found) for found in rows.values())
+        several = any(len(unit["results"]) > 1 for found in rows.values() for unit in found.values())
+        kinds = {"premise": premise_text, "continual": continual_text}
+        kind = kinds.get(Path(cell.script).stem, lori_text if several else cell_text)
+        if seeds < min(ENOUGH, len(cell.seeds)) or (kind is not cell_text and rows.keys() != cell.rows.keys()):
+            parts.append(f"### {name}\n\n{seeds} of {len(cell.seeds)} seeds: not yet.")
         else:
-            script = Path(EXPERIMENTS[folder.name][1][name].script).stem
-            several = any(len(unit["results"]) > 1 for found in rows.values() for unit in found.values())
-            kinds = {"premise": premise_text, "continual": continual_text}
-            parts += kinds.get(script, lori_text if several else cell_text)(name, rows)
+            parts += kind(name, rows)
     for name, rows in cells.items():
         if name.startswith("search"):
             parts += [f"### {name}", markdown(search_table(rows))]
@@ -481,13 +484,13 @@ def table(path):
 # What it costs: bench.py's files in one table
 
 
-def cost(device="cpu"):
+def cost():
     """The text of cost.md: one line for each question that bench.py answers, first the three that README.md shows."""
     bench = {
-        what: json.loads((RESULTS / f"bench-{what}-{device}.json").read_text())
+        what: json.loads((RESULTS / f"bench-{what}-cpu.json").read_text())
         for what in ("project", "step-fp32", "step-bf16", "memory", "padding")
     }
-    link = {what: f"[bench-{what}](bench-{what}-{device}.md)" for what in bench}
+    link = {what: f"[bench-{what}](bench-{what}-cpu.md)" for what in bench}
     times = {r["tasks"]: r["milliseconds"] for r in bench["project"]["results"] if "tasks" in r}
     step = next(r["step_seconds_per_task"] for r in bench["project"]["results"] if "step_seconds_per_task" in r)
     faster = [f"{times[T]['torchjd'] / times[T]['project']:.0f} at T = {T}" for T in (4, 8, 64)]
@@ -508,9 +511,9 @@ def cost(device="cpu"):
             ]
         )
     peaks = {r["mode"]: r["peak_bytes"] for r in bench["memory"]["results"] if "mode" in r}
-    TP, stands = next((r["rows_bytes"], r["standing_bytes"]) for r in bench["memory"]["results"] if "rows_bytes" in r)
-    loop = peaks["ortho, loop"] - peaks["joint, loop"] + stands
-    stacked = (peaks["ortho, stacked"] + stands) / peaks["joint, one mixed batch"]
+    TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)  # stands from step to step
+    loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
+    stacked = (peaks["ortho, stacked"] + TP) / peaks["joint, one mixed batch"]
     plain, sorted_ = sorted(bench["padding"]["results"], key=lambda r: r["window"])
     head = ["what", "measured", "where"]
     first = [

@@ -5,8 +5,8 @@
     python experiments/reproduce.py toy --jobs 2 --minutes 90               two at a time; none begins after 90 minutes
 
 A unit is one row with one seed, on one thread. What it says goes to results/NAME/units/, and what stands there is not
-run again; a unit that was interrupted goes on. So the same command continues, whenever and wherever it is given.
-`report.py` turns the units into tables and figures.
+run again; a unit that was interrupted goes on, but for premise's and the late sham's, which start over. So the same
+command continues, whenever and wherever it is given. `report.py` turns the units into tables and figures.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def data_of(unit, args):
             toy = ["-m", "support.toy", str(folder), "--seed", str(unit.seed), "--conflict", share]
             flipped = ["experiments/flipped.py", str(folder), "--glue", str(args.glue), "--share", share]
             command = [sys.executable, *(toy if kind == "toy" else flipped)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD)
+            if code := subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD).returncode:
+                raise SystemExit(f"{shlex.join(command)}\nended with {code}")
             (folder / "made").touch()
     return (str(folder / "model"), str(folder / "glue")) if kind == "toy" else (args.model, str(folder))
 
@@ -239,6 +240,10 @@ def main():
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go [runs/reproduce]")
     parser.add_argument("--results", default=str(RESULTS), help="where results go [experiments/results]")
     args = parser.parse_args()
+    try:
+        re.compile(args.only)
+    except re.error as e:
+        parser.error(f"--only {args.only!r} is no regular expression: {e}")
     if not args.experiment:
         for name, (about, _) in EXPERIMENTS.items():
             there = [unit.path(args.results).exists() for unit in units(name)]
@@ -246,8 +251,9 @@ def main():
         for name, do in SPECIAL.items():
             print(f"{name:14} {do.__doc__}")
         return
-    if args.experiment == "trust" and not installed("safetensors"):
-        parser.error("trust needs safetensors, not installed; run pip install -r requirements-dev.txt")
+    package = {"trust": "safetensors", "demo": "matplotlib"}.get(args.experiment)
+    if package and not installed(package):
+        parser.error(f"{args.experiment} needs {package}, not installed; run pip install -r requirements-dev.txt")
     if args.experiment in SPECIAL:
         return SPECIAL[args.experiment](args)
     needy = [unit for unit in units(args.experiment) if not unit.cell.data.startswith("toy")]

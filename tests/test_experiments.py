@@ -28,7 +28,7 @@ import ortholora  # noqa: E402
 import train  # noqa: E402
 from glue import inputs, score  # noqa: E402
 from support.checkpoint import read_safetensors  # noqa: E402
-from support.toy import make_demo  # noqa: E402
+from support.toy import make_demo, write_glue  # noqa: E402
 
 TASKS = ("sst2", "mrpc", "stsb")
 
@@ -295,6 +295,7 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
         (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
         (["--jobs=2"], "workers would know nothing of --control"),
         (["--control=early"], "'early' is none of"),
+        (["--control=agree", "--demo"], "the demo has workers and seeds of its own"),
     ],
 )
 def test_what_a_control_can_not_do_is_refused(more, words, tmp_path, flags, capsys):
@@ -368,7 +369,7 @@ def pairs(tmp_path, monkeypatch):
                 (f"{opening or ('How is' if n % 2 else 'Is it')} {split} {n}", f"other {n}", n // 2 % 2)
                 for n in range(40)
             ]
-    flipped.write(tmp_path / "glue", rows)
+    write_glue(tmp_path / "glue", flipped.named(rows))
     return tmp_path / "glue"
 
 
@@ -493,7 +494,7 @@ def test_every_flag_of_the_plan_is_its_scripts():
             finally:
                 train.Settings = plain
             train.check(s)
-            controls.check(s)
+            controls.check(s, {"model", "glue"})
 
 
 def test_every_contrast_is_of_rows_that_the_plan_has():
