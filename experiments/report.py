@@ -195,7 +195,7 @@ def weight_table(rows, tasks):
     norms = []
     for row, found in rows.items():
         seen = [entry(unit)["conflicts"]["fifths"] for unit in found.values() if "conflicts" in entry(unit)]
-        if seen:
+        if any(x["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
             means = [[np.mean([x["effective"][t][fifth] for x in seen]) for t in tasks] for fifth in (0, -1)]
             rate = 100 * np.mean([np.mean(x["rate"]) for x in seen])
             table.append([row, *(f"{x:.1f}" for x in itertools.chain(*means)), f"{rate:.1f} %"])
