@@ -393,19 +393,32 @@ def experiment_table(folder):
     return "\n\n".join([*parts, origin(folder.name, cells)]) + "\n"
 
 
+def steps_of(cell):
+    return int(re.search(r"--steps (\d+)", cell.flags)[1])
+
+
 def budget_table():
     """The text of budget.md: every cell's units, how many are there, and what they take by those that are."""
     table, total = [["experiment", "cell", "units", "there", "seconds of one, by method", "hours of one thread"]], 0.0
     for name, (_, cells) in EXPERIMENTS.items():
         there = units_of(RESULTS / name)
+        of_a_step = [
+            unit["seconds"] / steps_of(cells[cell_name])
+            for cell_name, rows in there.items()
+            for found in rows.values()
+            for unit in found.values()
+        ]
         for cell_name, cell in cells.items():
-            rows, hours = there.get(cell_name, {}), 0.0
+            rows, units = there.get(cell_name, {}), len(cell.rows) * len(cell.seeds)
             times = {row: np.mean([unit["seconds"] for unit in found.values()]) for row, found in rows.items()}
-            if times:  # a row that has not been timed is taken to be like the others
-                hours = sum(times.get(row, np.mean([*times.values()])) for row in cell.rows) * len(cell.seeds) / 3600
             said = f"{min(times.values()):.0f} to {max(times.values()):.0f}" if times else "not timed"
+            if not times and of_a_step:
+                times[""] = np.mean(of_a_step) * steps_of(cell)
+                said = f"by the other cells {times['']:.0f}"
+            # a row that has not been timed is taken to be like the others
+            hours = sum(times.get(row, np.mean([*times.values()])) for row in cell.rows) if times else 0.0
+            hours *= len(cell.seeds) / 3600
             count = sum(map(len, rows.values()))
-            units = len(cell.rows) * len(cell.seeds)
             table.append([name, cell_name, f"{units}", f"{count}", said, f"{hours:.1f}" if times else ""])
             total += hours
     return f"{markdown(table)}\n\nTogether {total:.0f} hours of one thread, as far as timed; two run at a time.\n"
