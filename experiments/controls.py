@@ -3,16 +3,19 @@
     python experiments/controls.py --methods ortho --control agree …      the other flags are train.py's
     python experiments/controls.py …                                      no sham: train.py as it is
 
-Both replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
+They replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
 
-    agree    of the pairs that agree, instead: v_i = g_i; where <v_i, g_j> > 0: v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j.
-             The short gradient is raised most, and nothing is made orthogonal. Where half of the pairs conflict, as by
-             chance, there are as many and weights are as large; where most agree, they are larger: look at both
-    late     C of the step before, on this step's gradients; at the first step, the identity. The lengths change slowly,
-             so it raises whom the projection raises; which batches disagree it knows only of the step before
+    agree     of the pairs that agree, instead: v_i = g_i; where <v_i, g_j> > 0: v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j.
+              The short gradient is raised most, and nothing is made orthogonal. Of two tasks that agree as often as
+              not, weights are as large as ortho's; of more, what is added adds up, and they are larger
+    late      C of the step before, on this step's gradients; at the first step, the identity. It resolves what conflict
+              two steps have in common, and not the batch's own
+    shuffled  each block's lengths with the angles of the block half the depth away, A's of an A, B's of a B: as many
+              conflicts, and weights alike. It resolves what conflict blocks have in common, and not the block's own
 
-If they do as well, what helps is the weights and not the angles. Into OUT/losses.json goes what scores are too coarse
-to tell: each adapter's loss on the validation split, and the share of its commonest prediction (1: it has collapsed).
+Where ortho is better than joint, and each sham as good as ortho, the weights suffice. A difference from a sham that is
+not shown says nothing by itself: its interval does. Into OUT/losses.json goes what scores are too coarse to tell: each
+adapter's loss on the validation split, and the share of its commonest prediction (near 1: it has collapsed).
 """
 
 import json
@@ -53,9 +56,17 @@ def late():
     return coefficients
 
 
+def shuffled(gram, order):
+    """C of the blocks' lengths and the angles of others: block b of k has those of b - 2 round(k / 4), mod k."""
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = norms[:, :, None] * norms[:, None]  # (blocks, T, T)
+    cosines = (gram / lengths).nan_to_num(0.0)  # of a zero gradient
+    return projection_coefficients(cosines.roll(2 * round(len(gram) / 4), 0) * lengths, order)
+
+
 @dataclass
 class Settings(train.Settings):
-    control: str = train.setting("", "the sham in the projection's place", ["", "agree", "late"])
+    control: str = train.setting("", "the sham in the projection's place", ["", "agree", "late", "shuffled"])
 
 
 def check(s, given):
@@ -65,6 +76,10 @@ def check(s, given):
         raise BadInput(f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name such")
     if s.control and s.sequential:
         raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
+    if s.control == "shuffled" and (
+        s.unit != "tensor" or s.factors != "AB" or not {"ortho", "balanced"} >= set(methods)
+    ):
+        raise BadInput("--control shuffled is about blocks that are an A or a B each: --methods ortho, --unit tensor")
     if s.demo or not {"model", "glue"} <= set(given):
         raise BadInput("controls.py wants --model and --glue; the demo has workers and seeds of its own")
     if s.jobs > 1:
@@ -110,7 +125,7 @@ def main(argv=None):
         train.check(s)
         check(s, given)
         if s.control:
-            ortholora.projection_coefficients = {"agree": agree, "late": late()}[s.control]
+            ortholora.projection_coefficients = {"agree": agree, "late": late(), "shuffled": shuffled}[s.control]
         status = train.main(argv)
         if not status and s.out:
             write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")

@@ -25,7 +25,7 @@ from support.checkpoint import BadInput  # noqa: E402
 from support.hub import read_splits  # noqa: E402
 from support.toy import write_glue  # noqa: E402
 
-TRAIN, VALIDATION = (1800, 4200), (300, 700)  # rows of MRPC, of QQP; for each task
+TRAIN, VALIDATION = (1800, 1800), (300, 300)  # rows of MRPC, of QQP; for each task
 NAMES = {"mrpc": ("sentence1", "sentence2"), "qqp": ("question1", "question2")}  # A, B
 
 

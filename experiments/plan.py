@@ -1,10 +1,16 @@
-"""What is run, and what is judged by it: data alone, committed before the runs. reproduce.py runs it.
+"""What is run, and what is judged by it, which is committed before its units are run: data alone, for reproduce.py.
 
 An experiment is a few cells. A cell is a setting; its rows differ in their method, and all run with the same seeds,
 so on the same batches: they are compared pair by pair. One row with one seed is a unit.
 
 What is chosen, a rate or a weight, is chosen in the cells called "search", by seeds and toy worlds from 1000 on and by
-training rows that are held out, and is then written down here.
+training rows that are held out, and is then written down here. Not so the rates of scales, contradiction and glue, and
+lori's rates and weights: they are given, until their searches are whole.
+
+Where conflict as such is asked about, two contrasts make the answer: ortho - joint, is there a gain, and ortho - sham,
+does it take the angles. A gain with a sham as good as ortho (the 90 % interval of ortho - sham within a point of 0) is
+one of weights; a gain beyond the sham's is one of angles; without a gain the sham says nothing. The rate of the toy's
+contrast was set after its search.
 """
 
 from dataclasses import dataclass
@@ -36,7 +42,7 @@ CONTRASTS = [
     Contrast("toy", "p = 0.5, 1600 steps, lr 0.004", "single", "joint"),
     Contrast("scales", "W = 10, 400 steps", "ortho", "joint"),
     Contrast("scales", "W = 10, 400 steps", "ortho", "ortho, agree"),
-    Contrast("contradiction", "p = 0.5", "ortho", "ortho, agree", "accuracy"),
+    Contrast("contradiction", "p = 1", "ortho", "ortho, shuffled", "accuracy"),
 ]
 
 SEARCH = range(1000, 1003)
@@ -54,6 +60,7 @@ SHARED = {m: METHODS[m] for m in ("joint", "pcgrad", "ortho")}
 SHAMS = {
     "ortho, agree": "--methods ortho --control agree",
     "ortho, late": "--methods ortho --control late --save-every 1e9",
+    "ortho, shuffled": "--methods ortho --control shuffled",
 }
 BALANCED = {"joint, balanced": "--methods joint --balance", "ortho, balanced": "--methods ortho --balance"}
 BALANCED_SHAM = {"ortho, balanced, agree": "--methods ortho --balance --control agree"}
@@ -71,7 +78,7 @@ TOY = "--tasks sst2,mrpc,mnli,stsb --max-length 64"
 TOY_RATES = {400: (2e-3, 4e-3, 8e-3, 1.6e-2), 1600: (2e-3, 4e-3, 8e-3)}
 # Of the search: single is best at 4e-3, and at 8e-3 collapses on sst2 in two worlds of three; joint and ortho are best
 # at 8e-3. So the gap is measured at 4e-3, where nothing collapses, and what closes it at 8e-3, too, without single.
-TOY_WEIGHT = {400: 5, 1600: 5}  # the best of 2, 3, 5 for sst2; 10 and 20 are still to be searched
+TOY_WEIGHT = {400: 5, 1600: 5}  # the best of static weights for sst2; at 400 steps 10 and 20 are still to be searched
 TOY_SHARED = SHARED | SHAMS | BALANCED | BALANCED_SHAM
 
 
@@ -149,17 +156,17 @@ SCALES_CELLS = {
 # contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
 
 CONTRADICTION = f"--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3 {STACKED}"
+# Pilots at 1,000 steps, of 6,000 rows with 70 % from QQP: at p = 0.5 single stays at chance on B; at p = 1 it is ten
+# points above the majority class on both. So p = 1 is judged, with half of the rows from QQP, if the pilot of these is
+# ten points above on both tasks for both seeds; else more steps are tried.
 CONTRADICTION_CELLS = {
-    "pilot": Cell(CONTRADICTION, {"single": METHODS["single"]}, range(1000, 1001), "flipped 0.5"),
-    "p = 0.5": Cell(
-        CONTRADICTION,
-        METHODS | SHAMS | {"joint, balanced": BALANCED["joint, balanced"]},
-        range(8),
-        "flipped 0.5",
+    "pilot, p = 1": Cell(CONTRADICTION, {"single": METHODS["single"]}, range(1000, 1002), "flipped 1"),
+    "p = 1": Cell(
+        CONTRADICTION, METHODS | SHAMS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8), "flipped 1"
     ),
-    # the control of the contrast: what the sham does where nothing contradicts
-    "p = 0": Cell(CONTRADICTION, THREE | {"ortho, agree": SHAMS["ortho, agree"]}, range(8), "flipped 0"),
-    "p = 1": Cell(CONTRADICTION, THREE, range(3), "flipped 1"),
+    # what the shams do where nothing contradicts
+    "p = 0": Cell(CONTRADICTION, THREE | SHAMS, range(8), "flipped 0"),
+    "p = 0.5": Cell(CONTRADICTION, THREE, range(3), "flipped 0.5"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,17 @@ def test_the_agreeing_sham_by_hand():
     assert torch.equal(controls.projection_coefficients(two, [[1], [0]]), torch.eye(2)[None].double())
 
 
+def test_the_shuffled_sham_has_its_own_lengths_and_anothers_angles():
+    order = torch.tensor([[1, 2], [2, 0], [0, 1]])
+    g = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # A, B, A, B, ...
+    g[3, 1] = 0.0
+    C = controls.shuffled(g @ g.mT, order)
+    for b in (b for b in range(8) if 3 not in (b, (b - 4) % 8)):
+        other = g[(b - 4) % 8] * g[b].norm(dim=1, keepdim=True) / g[(b - 4) % 8].norm(dim=1, keepdim=True)
+        assert torch.allclose(C[b], controls.projection_coefficients((other @ other.T)[None], order)[0])
+    assert C.isfinite().all()
+
+
 def test_the_late_sham_is_one_step_behind():
     late, order = controls.late(), torch.tensor([[1, 2], [2, 0], [0, 1]])
     grams = [gram_of(seed=seed)[1] for seed in range(3)]
@@ -295,6 +306,7 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
         (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
         (["--jobs=2"], "workers would know nothing of --control"),
         (["--control=early"], "'early' is none of"),
+        (["--control=shuffled", "--unit=all"], "blocks that are an A or a B each"),
         (["--control=agree", "--demo"], "the demo has workers and seeds of its own"),
     ],
 )
