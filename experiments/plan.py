@@ -252,3 +252,18 @@ EXPERIMENTS = {
     "contradiction": ("Does resolving conflict help as such? Some texts, labelled oppositely.", CONTRADICTION_CELLS),
     "glue": ("Is there an average gap on GLUE, trained for long?", GLUE_CELLS),
 }
+
+# {experiment: [(name, (cell, row), less (cell, row))]}: beside the contrasts, and no more than looked at
+ACROSS = {
+    "toy": [
+        (
+            "single at 0.004, less joint at 0.008",
+            ("p = 0.5, 1600 steps, lr 0.004", "single"),
+            ("p = 0.5, 1600 steps, lr 0.008", "joint"),
+        )
+    ],
+    "scales": [
+        ("ortho at W = 10, less joint at W = 1", ("W = 10, 400 steps", "ortho"), ("W = 1, 400 steps", "joint")),
+        ("single, less joint at W = 10", ("W = 1, 400 steps", "single"), ("W = 10, 400 steps", "joint")),
+    ],
+}

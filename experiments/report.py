@@ -30,7 +30,7 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from plan import CONTRASTS, EXPERIMENTS  # noqa: E402
+from plan import ACROSS, CONTRASTS, EXPERIMENTS  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
 
@@ -144,6 +144,12 @@ def detectable(x):
     return (stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * np.std(x, ddof=1) / math.sqrt(n)
 
 
+def sign_flips(x):
+    """The exact two-sided p of a mean: of the 2^n ways to sign the differences, the share with a mean as far from 0."""
+    signs = 1 - 2 * ((np.arange(2 ** len(x))[:, None] >> np.arange(len(x))) & 1)  # (2^n, n)
+    return float(np.mean(np.abs(signs @ x) >= abs(np.sum(x)) * (1 - 1e-12)))
+
+
 def holm(p_values):
     """Adjusted p: the k-th smallest of m times m - k + 1, none smaller than the one before it, at most 1."""
     adjusted, largest = dict.fromkeys(p_values), 0.0
@@ -153,12 +159,15 @@ def holm(p_values):
     return adjusted
 
 
+COLLAPSED = 0.95  # of the predictions are one class
+
+
 def collapsed(found):
     """How many trainings of a row end up saying one class, by task: 'mrpc 2, rte 1'."""
     counts = {}
     for unit in found.values():
         for task, scores in entry(unit)["tasks"].items():
-            counts[task] = counts.get(task, 0) + (scores.get("commonest") == 1)
+            counts[task] = counts.get(task, 0) + (scores.get("commonest", 0) >= COLLAPSED)
     return ", ".join(f"{task} {n}" for task, n in counts.items() if n)
 
 
@@ -175,12 +184,16 @@ def score_table(rows, tasks):
 
 
 def difference_table(title, pairs, tasks):
-    """[(name, row, base)] -> row - base, paired by seed, with 95 % intervals; and what the average could have shown."""
-    table = [[title, *tasks, "average", "could have seen"]]
+    """[(name, row, base)] -> row - base, paired by seed, with 95 % intervals; and what the average could have shown.
+
+    loss: of the validation split, in nats or shares of the labels' variance, averaged over the tasks; less is better.
+    """
+    table = [[title, *tasks, "average", "could have seen", "loss"]]
     for name, row, base in pairs:
         x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
         if len(x[-1]) > 1:
-            table.append([name, *(signed(interval(d), 1) for d in x), f"{detectable(x[-1]):.1f}"])
+            loss = signed(interval(differences(*(values(found, "", "loss") for found in (row, base)))), 3)
+            table.append([name, *(signed(interval(d), 1) for d in x), f"{detectable(x[-1]):.1f}", loss])
     return table
 
 
@@ -190,15 +203,13 @@ def less(rows, base):
 
 
 def weight_table(rows, tasks):
-    """Effective weights in the first and the last fifth, how many pairs conflict, and the tasks' norms in the first."""
-    table = [["weights under", *tasks, *(f"{task}, last fifth" for task in tasks), "pairs in conflict"]]
-    norms = []
+    """Effective weights and norms of the tasks' gradients in the first fifth of the steps; how many pairs conflict."""
+    table, norms = [["weights, first fifth", *tasks, "pairs in conflict"]], []
     for row, found in rows.items():
         seen = [entry(unit)["conflicts"]["fifths"] for unit in found.values() if "conflicts" in entry(unit)]
         if any(x["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
-            means = [[np.mean([x["effective"][t][fifth] for x in seen]) for t in tasks] for fifth in (0, -1)]
-            rate = 100 * np.mean([np.mean(x["rate"]) for x in seen])
-            table.append([row, *(f"{x:.1f}" for x in itertools.chain(*means)), f"{rate:.1f} %"])
+            weights = [f"{np.mean([x['effective'][t][0] for x in seen]):.1f}" for t in tasks]
+            table.append([row, *weights, f"{100 * np.mean([x['rate'] for x in seen]):.1f} %"])
             norms = norms or [np.mean([x["norms"][t][0] for x in seen]) for t in tasks]
     said = ", ".join(f"{t} {x:.2g}" for t, x in zip(tasks, norms, strict=False))
     return table, f"Lengths of the tasks' gradients in the first fifth: {said}." if norms else ""
@@ -222,6 +233,9 @@ def cell_text(name, rows):
     parts = [f"### {name}", markdown(score_table(rows, tasks))]
     if "joint" in rows:
         parts.append(markdown(difference_table("less joint", less(rows, "joint"), tasks)))
+        shams = {row: found for row, found in rows.items() if row.startswith("ortho")}
+        if len(shams) > 1 and "ortho" in shams:
+            parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks)))
         if "single" in rows and len(differences(values(rows["single"]), values(rows["joint"]))) > 2:
             rest = [row for row in rows if row not in ("single", "joint") and len(rows[row]) > 2]
             parts.append("\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest))
@@ -387,6 +401,14 @@ def experiment_table(folder):
             parts.append(f"### {name}\n\n{seeds} of {len(cell.seeds)} seeds: not yet.")
         else:
             parts += kind(name, rows)
+    across = [
+        (said, cells[cell][row], cells[other][base])
+        for said, (cell, row), (other, base) in ACROSS.get(folder.name, ())
+        if row in cells.get(cell, {}) and base in cells.get(other, {})
+    ]
+    if across:
+        tasks = list(entry(next(iter(across[0][1].values())))["tasks"])
+        parts += ["### Across cells", markdown(difference_table("", across, tasks))]
     for name, rows in cells.items():
         if name.startswith("search"):
             parts += [f"### {name}", markdown(search_table(rows))]
@@ -438,17 +460,23 @@ def contrast_table():
     p_values = {c: stats.ttest_1samp(x, 0).pvalue for c, (x, wanted) in found.items() if len(x) == wanted}
     complete = len(p_values) == len(CONTRASTS)
     adjusted = holm(p_values | dict.fromkeys((c for c in CONTRASTS if c not in p_values), 1.0))
-    table = [["contrast", "cell", "score", "points, 95 % interval", "p", "p, Holm", "", "could have seen"]]
+    heading = ["contrast", "cell", "score", "points, 95 % interval", "p", "p, sign flips", "p, Holm", ""]
+    table = [[*heading, "could have seen"]]
     for c, (x, wanted) in found.items():
         start = [f"{c.row} − {c.base}", f"{c.experiment}: {c.cell}", c.score]
         if c not in p_values:
-            table.append([*start, f"not yet: {len(x)} of {wanted} seeds", "", "", "", ""])
+            table.append([*start, f"not yet: {len(x)} of {wanted} seeds", "", "", "", "", ""])
             continue
-        words = "shown" if adjusted[c] < 0.05 else "not shown"
-        numbers = [signed(interval(x)), f"{p_values[c]:.2g}", f"{adjusted[c]:.2g}", words, f"{detectable(x):.1f}"]
-        table.append([*start, *numbers])
-    note = "" if complete else "\n\nA contrast that is not there yet counts as p = 1, so what is shown stays shown."
-    return markdown(table) + note + "\n"
+        words = "shown" if adjusted[c] < 0.05 else "not shown" if complete else "not shown so far"
+        p = [f"{found_p:.2g}" for found_p in (p_values[c], sign_flips(x), adjusted[c])]
+        table.append([*start, signed(interval(x)), *p, words, f"{detectable(x):.1f}"])
+    note = (
+        "Intervals are each contrast's own; p is the paired t test's, beside the exact one of signs; Holm's correction "
+        "is over the four. Could have seen: at p < 0.05, in four of five trials; after it, a quarter more."
+    )
+    if not complete:
+        note += " A contrast that is not there yet counts as p = 1: what is shown stays shown, what is not may yet be."
+    return f"{markdown(table)}\n\n{note}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -510,6 +510,8 @@ def test_every_flag_of_the_plan_is_its_scripts():
 
 
 def test_every_contrast_is_of_rows_that_the_plan_has():
+    for experiment, pairs in plan.ACROSS.items():
+        assert all(row in plan.EXPERIMENTS[experiment][1][cell].rows for _, *ends in pairs for cell, row in ends)
     assert len(plan.CONTRASTS) <= 4
     for c in plan.CONTRASTS:
         cell = plan.EXPERIMENTS[c.experiment][1][c.cell]

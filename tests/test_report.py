@@ -60,6 +60,12 @@ def test_what_could_have_been_seen_is_seen_in_four_of_five_trials(n):
     assert power == pytest.approx(0.8, abs=0.04)
 
 
+def test_sign_flips_by_hand():
+    """Of (3, 2, -1), sum 4, the eight sums are ±6, ±4, ±2, 0, 0: four are as far from 0. All of one sign: 2 of 2^n."""
+    assert report.sign_flips(np.array([3.0, 2.0, -1.0])) == 4 / 8
+    assert report.sign_flips(np.arange(1.0, 9.0)) == 2 / 2**8
+
+
 def unit(seed, sst2, mrpc, experiment="toy", commonest=0.6):
     """A unit's file, as far as report.py reads it."""
     tasks = {"sst2": {"score": sst2, "accuracy": sst2 / 100, "loss": 0.5, "commonest": commonest}}
@@ -81,6 +87,7 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
     assert [row[0] for row in table] == ["less joint", "single", "ortho"]
     mean, low, high = report.interval([20, 18, 22])
     assert table[1][1] == f"+{mean:.1f} [+{low:.1f}, +{high:.1f}]"
+    assert table[1][-1] == "+0.000 [+0.000, +0.000]"  # the losses are alike
     scores = report.score_table(rows, ["sst2", "mrpc"])
     assert scores[1][:4] == ["majority class", "50.0", "70.0", "60.0"]
     assert scores[2][0] == "single" and scores[2][-2:] == ["sst2 1", "3"]
@@ -155,6 +162,7 @@ def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, mo
     text = report.contrast_table()
     p = stats.ttest_1samp(gains, 0).pvalue
     assert f"| {p:.2g} |" in re.sub(" +", " ", text) and f"| {2 * p:.2g} | shown |" in re.sub(" +", " ", text)
+    assert f"| {p:.2g} | 0.12 | {2 * p:.2g} |" in re.sub(" +", " ", text)  # all four of one sign: 2 of 16
     assert text.count("not yet") == 1 and "counts as p = 1" in text
 
 
