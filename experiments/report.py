@@ -400,7 +400,10 @@ def experiment_table(folder):
         if seeds < min(ENOUGH, len(cell.seeds)) or (kind is not cell_text and rows.keys() != cell.rows.keys()):
             parts.append(f"### {name}\n\n{seeds} of {len(cell.seeds)} seeds: not yet.")
         else:
-            parts += kind(name, rows)
+            enough = {row: found for row, found in rows.items() if len(found) >= min(ENOUGH, len(cell.seeds))}
+            parts += kind(name, enough)
+            if less_than := [f"`{row}`" for row in cell.rows if row not in enough]:
+                parts.append(f"Not there yet: {', '.join(less_than)}.")
     across = [
         (said, cells[cell][row], cells[other][base])
         for said, (cell, row), (other, base) in ACROSS.get(folder.name, ())
@@ -460,19 +463,19 @@ def contrast_table():
     p_values = {c: stats.ttest_1samp(x, 0).pvalue for c, (x, wanted) in found.items() if len(x) == wanted}
     complete = len(p_values) == len(CONTRASTS)
     adjusted = holm(p_values | dict.fromkeys((c for c in CONTRASTS if c not in p_values), 1.0))
-    heading = ["contrast", "cell", "score", "points, 95 % interval", "p", "p, sign flips", "p, Holm", ""]
+    heading = ["contrast", "cell", "score", "points, 95 %", "p, sign flips", "p, Holm", ""]
     table = [[*heading, "could have seen"]]
     for c, (x, wanted) in found.items():
         start = [f"{c.row} − {c.base}", f"{c.experiment}: {c.cell}", c.score]
         if c not in p_values:
-            table.append([*start, f"not yet: {len(x)} of {wanted} seeds", "", "", "", "", ""])
+            table.append([*start, f"not yet: {len(x)} of {wanted} seeds", "", "", "", ""])
             continue
         words = "shown" if adjusted[c] < 0.05 else "not shown" if complete else "not shown so far"
-        p = [f"{found_p:.2g}" for found_p in (p_values[c], sign_flips(x), adjusted[c])]
+        p = [f"{found_p:.2g}" for found_p in (sign_flips(x), adjusted[c])]
         table.append([*start, signed(interval(x)), *p, words, f"{detectable(x):.1f}"])
     note = (
-        "Intervals are each contrast's own; p is the paired t test's, beside the exact one of signs; Holm's correction "
-        "is over the four. Could have seen: at p < 0.05, in four of five trials; after it, a quarter more."
+        "Intervals are each contrast's own. p: the exact one of signs alone; and the paired t test's after Holm's "
+        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, a quarter more."
     )
     if not complete:
         note += " A contrast that is not there yet counts as p = 1: what is shown stays shown, what is not may yet be."
@@ -536,21 +539,13 @@ def cost():
     step = next(r["step_seconds_per_task"] for r in bench["project"]["results"] if "step_seconds_per_task" in r)
     faster = [f"{times[T]['torchjd'] / times[T]['project']:.0f} at T = {T}" for T in (4, 8, 64)]
     parts = [f"{times[T]['project'] / (10 * step * T):.2f} % at T = {T}" for T in (4, 8, 64)]
-    rows = []
+    steps, ahead, where = [], [], ", ".join(f"[{x}](bench-step-{x}-cpu.md)" for x in ("fp32", "bf16"))
     for dtype, name in (("fp32", "float32"), ("bf16", "bf16")):
         seconds = {r["mode"]: r["seconds"] for r in bench[f"step-{dtype}"]["results"]}
         joint = min(seconds["joint, loop"], seconds["joint, one mixed batch"])
-        own = [f"{how} {seconds[f'ortho, {how}'] / joint:.3f}" for how in ("loop", "stacked")]
-        own.append(f"joint's own loop {seconds['joint, loop'] / joint:.3f}")
-        rows.append([f"a step of `ortho` against the faster joint step, {name}", ", ".join(own), link[f"step-{dtype}"]])
-        theirs = min(x for mode, x in seconds.items() if "peft" in mode)
-        rows.append(
-            [
-                f"a joint step: times as fast as `transformers` + `peft`, {name}",
-                f"{theirs / joint:.2f}",
-                link[f"step-{dtype}"],
-            ]
-        )
+        modes = {"loop": "ortho, loop", "stacked": "ortho, stacked", "joint's loop": "joint, loop"}
+        steps.append(f"{name} " + ", ".join(f"{how} {seconds[mode] / joint:.3f}" for how, mode in modes.items()))
+        ahead.append(f"{name} {min(x for mode, x in seconds.items() if 'peft' in mode) / joint:.2f}")
     peaks = {r["mode"]: r["peak_bytes"] for r in bench["memory"]["results"] if "mode" in r}
     TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)  # stands from step to step
     loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
@@ -560,7 +555,7 @@ def cost():
     first = [
         head,
         ["`project()`: share of a RoBERTa-base step", ", ".join(parts), link["project"]],
-        rows[0],
+        ["a step of `ortho` against the faster joint step", "; ".join(steps), where],
         [
             "peak memory of `ortho` beyond joint",
             f"loop {loop / TP:.2f} × 4·T·P bytes, stacked × {stacked:.3f}",
@@ -570,7 +565,7 @@ def cost():
     then = [
         head,
         ["`project()`: times as fast as `torchjd`'s PCGrad on every factor", ", ".join(faster), link["project"]],
-        *rows[1:],
+        ["a joint step: times as fast as `transformers` + `peft`", ", ".join(ahead), where],
         [
             "padding, before and after batches of alike lengths",
             f"{100 * plain['padding_all']:.1f} % and {100 * sorted_['padding_all']:.1f} %; tokens per second × "

@@ -161,8 +161,7 @@ def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, mo
             (tmp_path / "toy" / "units" / f"{row}{seed}.json").write_text(json.dumps(found))
     text = report.contrast_table()
     p = stats.ttest_1samp(gains, 0).pvalue
-    assert f"| {p:.2g} |" in re.sub(" +", " ", text) and f"| {2 * p:.2g} | shown |" in re.sub(" +", " ", text)
-    assert f"| {p:.2g} | 0.12 | {2 * p:.2g} |" in re.sub(" +", " ", text)  # all four of one sign: 2 of 16
+    assert f"| 0.12 | {2 * p:.2g} | shown |" in re.sub(" +", " ", text)  # all four of one sign: 2 of 16
     assert text.count("not yet") == 1 and "counts as p = 1" in text
 
 
