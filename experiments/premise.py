@@ -3,8 +3,8 @@
     python experiments/premise.py --model M --glue G --tasks cola,mrpc,sst2,stsb,mnli --rank 8 --seeds 0 --out OUT
 
 The other flags are train.py's, as far as they are about joint training without dropout; it runs on the CPU. After 25,
-100 and all --steps, training stops for a while, and 128 batches of each task, drawn anew from its training rows, are
-run through the model as it stands, in G = 8 groups of 16. With x_gi the mean gradient of task i in group g, the
+100 and all --steps, training stops for a while, and 512 batches of each task, drawn anew from its training rows, are
+run through the model as it stands, in G = 8 groups of 64. With x_gi the mean gradient of task i in group g, the
 products of the true mean gradients, free of bias since the groups are independent, are
 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
@@ -35,7 +35,7 @@ from ortholora import OrthoLoRA, gram_matrix  # noqa: E402
 from support import runs  # noqa: E402
 from support.checkpoint import BadInput, write_text  # noqa: E402
 
-POINTS, GROUPS, BATCHES = (25, 100), 8, 16  # and the last step; BATCHES in a group
+POINTS, GROUPS, BATCHES = (25, 100), 8, 64  # and the last step; BATCHES in a group
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
