@@ -155,18 +155,21 @@ SCALES_CELLS = {
 # ---------------------------------------------------------------------------------------------------------------------
 # contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
 
-CONTRADICTION = f"--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3 {STACKED}"
-# Pilots at 1,000 steps, of 6,000 rows with 70 % from QQP: at p = 0.5 single stays at chance on B; at p = 1 it is ten
-# points above the majority class on both. So p = 1 is judged, with half of the rows from QQP, if the pilot of these is
-# ten points above on both tasks for both seeds; else more steps are tried.
+CONTRADICTION = f"--tasks mrpc,qqp --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3 {STACKED}"
+CONTRADICTION_STEPS = f"{CONTRADICTION} --steps 2000"
+PILOT = {"single": METHODS["single"]}
+# p = 0.5 is too hard for this encoder to be judged by: in an earlier pilot single stayed at chance on B. At p = 1 and
+# 1,000 steps it is 25 points of accuracy above the majority class on A, and 7 on B. What is judged wants ten on both,
+# for both seeds: first by a pilot of 2,000 steps, and if that falls short, too, by more.
 CONTRADICTION_CELLS = {
-    "pilot, p = 1": Cell(CONTRADICTION, {"single": METHODS["single"]}, range(1000, 1002), "flipped 1"),
+    "pilot, p = 1": Cell(f"{CONTRADICTION} --steps 1000", PILOT, range(1000, 1002), "flipped 1"),
+    "pilot, p = 1, 2000 steps": Cell(CONTRADICTION_STEPS, PILOT, range(1000, 1002), "flipped 1"),
     "p = 1": Cell(
-        CONTRADICTION, METHODS | SHAMS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8), "flipped 1"
+        CONTRADICTION_STEPS, METHODS | SHAMS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8), "flipped 1"
     ),
     # what the shams do where nothing contradicts
-    "p = 0": Cell(CONTRADICTION, THREE | SHAMS, range(8), "flipped 0"),
-    "p = 0.5": Cell(CONTRADICTION, THREE, range(3), "flipped 0.5"),
+    "p = 0": Cell(CONTRADICTION_STEPS, THREE | SHAMS, range(8), "flipped 0"),
+    "p = 0.5": Cell(CONTRADICTION_STEPS, THREE, range(3), "flipped 0.5"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
