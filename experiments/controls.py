@@ -57,7 +57,10 @@ def late():
 
 
 def shuffled(gram, order):
-    """C of the blocks' lengths and the angles of others: block b of k has those of b - 2 round(k / 4), mod k."""
+    """C of the blocks' lengths and the angles of others: block b of k has those of b - 2 round(k / 4), mod k.
+
+    Blocks come by size, those of one size as given: A, B, A, B, ... of square layers, so that an A gets an A's.
+    """
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms[:, :, None] * norms[:, None]  # (blocks, T, T)
     cosines = (gram / lengths).nan_to_num(0.0)  # of a zero gradient
