@@ -654,7 +654,8 @@ def schematic(plt):
 def figure_differences(plt, cells, tasks):
     """Rows less joint with 95 % intervals, a panel for each task or the average, a colour for each cell."""
     names = [row for row in next(iter(cells.values())) if row != "joint"]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(9, 0.9 + 0.34 * len(names)), sharey=True)
+    height = 1.3 + 0.34 * len(names)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9, height), sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for k, (cell, rows) in enumerate(cells.items()):
             for y, row in enumerate(reversed(names)):
@@ -667,9 +668,10 @@ def figure_differences(plt, cells, tasks):
                 axis.plot(mean, at, MARKERS[k], color=COLORS[k], ms=5, label=cell if y == 0 else None)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=task or "average", xlabel="points above joint", yticks=range(len(names)))
+        axis.margins(y=0.15)
         axis.set_yticklabels(list(reversed(names)))
-    axes[0].legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=len(cells))
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper center", ncols=len(cells))
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height))
     return figure
 
 
