@@ -81,10 +81,8 @@ def gram_matrix(grads):
 def balance(rows):
     """Scale every task's row of `OrthoLoRA.rows`, (T, P), in place to the mean norm of the tasks that have a gradient.
 
-    For between `collect` and `project`. Not the paper's (DB-MTL, arXiv 2308.12029, does so with the largest norm):
-    without it a task moves the adapter as far as its gradient is long, and one with short gradients is drowned by the
-    others, in conflict or not. A zero row stays zero and is not in the mean, nor is a row that is not finite, which
-    `Conflicts.check` then names. Waits for nothing.
+    For between `collect` and `project`. Not the paper's, but after DB-MTL (arXiv 2308.12029): else short gradients are
+    drowned, in conflict or not. A row of zeros, or that is not finite, stays so, out of the mean. Waits for nothing.
     """
     norms = gram_matrix(rows[:, None])[:, 0, 0].sqrt()  # (T,), as T blocks of one task
     norms = norms.where(norms.isfinite(), 0.0)
