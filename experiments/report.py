@@ -101,11 +101,10 @@ def units_of(folder):
     """{cell: {row: {seed: unit}}} of what has finished, in the plan's order."""
     there = {}
     for path in sorted((folder / "units").glob("*.json")):
-        unit = json.loads(path.read_text())
+        text = path.read_text()
+        unit = json.loads(text)
         if unit["data"].startswith("flipped"):
-            unit = json.loads(
-                path.read_text(), object_pairs_hook=lambda pairs: {A_AND_B.get(name, name): x for name, x in pairs}
-            )
+            unit = json.loads(text, object_pairs_hook=lambda pairs: {A_AND_B.get(key, key): x for key, x in pairs})
         there[unit["cell"], unit["row"], unit["seed"]] = unit
     cells = {}
     for name, cell in EXPERIMENTS[folder.name][1].items():
@@ -393,17 +392,17 @@ def experiment_table(folder):
     for name, rows in cells.items():
         if name.startswith("search"):
             continue
-        cell, seeds = EXPERIMENTS[folder.name][1][name], max(len(found) for found in rows.values())
+        cell = EXPERIMENTS[folder.name][1][name]
+        enough = {row: found for row, found in rows.items() if len(found) >= min(ENOUGH, len(cell.seeds))}
         several = any(len(unit["results"]) > 1 for found in rows.values() for unit in found.values())
         kinds = {"premise": premise_text, "continual": continual_text}
         kind = kinds.get(Path(cell.script).stem, lori_text if several else cell_text)
-        if seeds < min(ENOUGH, len(cell.seeds)) or (kind is not cell_text and rows.keys() != cell.rows.keys()):
-            parts.append(f"### {name}\n\n{seeds} of {len(cell.seeds)} seeds: not yet.")
+        missing = [f"`{row}`" for row in cell.rows if row not in enough]
+        if not enough or (kind is not cell_text and missing):  # those set all their rows beside each other
+            done = sum(map(len, rows.values()))
+            parts.append(f"### {name}\n\n{done} of {len(cell.rows) * len(cell.seeds)} units: not yet.")
         else:
-            enough = {row: found for row, found in rows.items() if len(found) >= min(ENOUGH, len(cell.seeds))}
-            parts += kind(name, enough)
-            if less_than := [f"`{row}`" for row in cell.rows if row not in enough]:
-                parts.append(f"Not there yet: {', '.join(less_than)}.")
+            parts += [*kind(name, enough), *([f"Not there yet: {', '.join(missing)}."] if missing else [])]
     across = [
         (said, cells[cell][row], cells[other][base])
         for said, (cell, row), (other, base) in ACROSS.get(folder.name, ())
