@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from plan import ACROSS, CONTRASTS, EXPERIMENTS  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
+from train import METHODS  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -259,7 +260,7 @@ def lori_text(name, rows):
     tasks = list(entry(next(iter(methods["single"].values())))["tasks"])
     alone = {m: found for m, found in methods.items() if not m.endswith("-merged")}
     merged = {m: found for m, found in methods.items() if m.endswith("-merged")}
-    before = {m: methods[{"lora-merged": "single"}.get(m, m.removesuffix("-merged"))] for m in merged}
+    before = {m: methods[METHODS[m].source] for m in merged}
     trained = ", ".join(f"{m} {entry(next(iter(x.values())))['adapter_parameters']:,}" for m, x in alone.items())
     tables = [
         score_table(methods, tasks),
