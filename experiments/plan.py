@@ -55,14 +55,16 @@ def at(rates, **rows):
 
 
 METHODS = {m: f"--methods {m}" for m in ("single", "joint", "pcgrad", "ortho")}
-THREE = {m: METHODS[m] for m in ("single", "joint", "ortho")}
+TWO = {m: METHODS[m] for m in ("joint", "ortho")}
+THREE = {"single": METHODS["single"]} | TWO
 SHARED = {m: METHODS[m] for m in ("joint", "pcgrad", "ortho")}
 SHAMS = {
     "ortho, agree": "--methods ortho --control agree",
     "ortho, late": "--methods ortho --control late --save-every 1e9",
     "ortho, shuffled": "--methods ortho --control shuffled",
 }
-BALANCED = {"joint, balanced": "--methods joint --balance", "ortho, balanced": "--methods ortho --balance"}
+JOINT_BALANCED = {"joint, balanced": "--methods joint --balance"}
+BALANCED = JOINT_BALANCED | {"ortho, balanced": "--methods ortho --balance"}
 BALANCED_SHAM = {"ortho, balanced, agree": "--methods ortho --balance --control agree"}
 
 
@@ -98,7 +100,7 @@ for steps in (1600, 400):
         toy(steps, "--holdout 300 --lr 8e-3"), static(2, 3, 5, 10, 20), SEARCH, "toy 0.5"
     )
     TOY_CELLS[f"p = 0.5, {steps} steps, lr 0.004"] = Cell(
-        toy(steps, "--lr 4e-3"), THREE | {"joint, balanced": BALANCED["joint, balanced"]}, range(15), "toy 0.5"
+        toy(steps, "--lr 4e-3"), THREE | JOINT_BALANCED, range(15), "toy 0.5"
     )
     TOY_CELLS[f"p = 0.5, {steps} steps, lr 0.008"] = Cell(
         toy(steps, "--lr 8e-3"), TOY_SHARED | static(TOY_WEIGHT[steps]), range(15), "toy 0.5"
@@ -120,7 +122,7 @@ PREMISE_CELLS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scales (E2): real data where one task's loss is W times the others'. W = 2.144 is what a plain squared error does.
+# scales (E2): real data where one task's loss is W times the others'.
 
 SCALES = f"--tasks rte,mrpc,sst2,stsb --batch-size 8 --max-length 64 --dtype bf16 {STACKED}"
 SCALES_RATES, SCALES_RATE = (1e-3, 2e-3, 4e-3), 2e-3
@@ -131,7 +133,6 @@ def weighted(rows, weight):
     return {row: f"{flags} {W.format(weight)}" for row, flags in rows.items()}
 
 
-TWO = {m: METHODS[m] for m in ("joint", "ortho")}
 SCALES_CELLS = {
     "search, W = 1": Cell(f"{SCALES} --steps 400 --holdout 300", at(SCALES_RATES, **THREE), SEARCH),
     "search, W = 10": Cell(f"{SCALES} --steps 400 --holdout 300", at(SCALES_RATES, **weighted(TWO, 10)), SEARCH),
@@ -142,12 +143,11 @@ SCALES_CELLS = {
         range(8),
     ),
     "W = 1, 400 steps": Cell(f"{SCALES} --steps 400 --lr {SCALES_RATE:g}", METHODS | BALANCED, range(8)),
-    "W = 2.144, 400 steps": Cell(f"{SCALES} --steps 400 --lr {SCALES_RATE:g}", weighted(TWO, 2.144), range(8)),
-    "W = 10, 400 steps, other rates": Cell(f"{SCALES} --steps 400", at((1e-3, 4e-3), **weighted(TWO, 10)), range(8)),
+    "W = 10, 400 steps, other rates": Cell(f"{SCALES} --steps 400", at((1e-3, 4e-3), **weighted(TWO, 10)), range(4)),
     "W = 10, 1500 steps": Cell(f"{SCALES} --steps 1500 --lr {SCALES_RATE:g}", weighted(TWO, 10), range(4)),
     "W = 1, 1500 steps": Cell(
         f"{SCALES} --steps 1500 --lr {SCALES_RATE:g}",
-        THREE | {"joint, balanced": BALANCED["joint, balanced"]},
+        THREE | JOINT_BALANCED,
         range(4),
     ),
 }
@@ -165,11 +165,13 @@ CONTRADICTION_CELLS = {
     "pilot, p = 1": Cell(f"{CONTRADICTION} --steps 1000", PILOT, range(1000, 1002), "flipped 1"),
     "pilot, p = 1, 2000 steps": Cell(CONTRADICTION_STEPS, PILOT, range(1000, 1002), "flipped 1"),
     "p = 1": Cell(
-        CONTRADICTION_STEPS, METHODS | SHAMS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8), "flipped 1"
+        CONTRADICTION_STEPS,
+        THREE | {name: SHAMS[name] for name in ("ortho, shuffled", "ortho, agree")} | JOINT_BALANCED,
+        range(8),
+        "flipped 1",
     ),
-    # what the shams do where nothing contradicts
-    "p = 0": Cell(CONTRADICTION_STEPS, THREE | SHAMS, range(8), "flipped 0"),
-    "p = 0.5": Cell(CONTRADICTION_STEPS, THREE, range(3), "flipped 0.5"),
+    # what ortho and the sham do where nothing contradicts
+    "p = 0": Cell(CONTRADICTION_STEPS, TWO | {"ortho, shuffled": SHAMS["ortho, shuffled"]}, range(4), "flipped 0"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,13 +189,12 @@ OF = {  # a method's flags; lori-s wants its lori-d, at that one's rate
     "lori-s": f"--methods lori-d,lori-s --lr {LORI_RATE['lori-d']:g} --sparse-lr {LORI_RATE['lori-s']:g}",
 }
 MERGED = {"single": "lora-merged", "lori-d": "lori-d-merged", "lori-s": "lori-s-merged"}
-MERGE_WEIGHTS = (0.25, 0.5, 1.0)
 MERGE_WEIGHT = {"single": 0.5, "lori-d": 0.5, "lori-s": 0.5}
 
 
-def merged(method, weight):
+def merged(method):
     first, _, rest = OF[method].removeprefix("--methods ").partition(" ")
-    return f"--methods {first},{MERGED[method]} {rest} --merge-weight {weight:g}"
+    return f"--methods {first},{MERGED[method]} {rest}"
 
 
 ORDERS = ("sst2,mrpc,stsb,qnli", "qnli,stsb,mrpc,sst2")
@@ -214,10 +215,13 @@ LORI_CELLS = {
     ),
     "search, merge weights": Cell(
         f"{LORI_STEPS} --holdout 300",
-        {f"{MERGED[m]} at {weight:g}": merged(m, weight) for m in MERGED for weight in MERGE_WEIGHTS},
+        {MERGED[m]: f"{merged(m)} --merge-weights 0.25,0.5,1" for m in MERGED},
         SEARCH,
+        script="experiments/merging.py",
     ),
-    "alone and merged": Cell(LORI_STEPS, {MERGED[m]: merged(m, MERGE_WEIGHT[m]) for m in MERGED}, range(5)),
+    "alone and merged": Cell(
+        LORI_STEPS, {MERGED[m]: f"{merged(m)} --merge-weight {MERGE_WEIGHT[m]:g}" for m in MERGED}, range(5)
+    ),
 }
 LORI_CELLS |= {
     f"one after the other: {order.replace(',', ', ')}": Cell(
@@ -240,9 +244,7 @@ GLUE = f"--tasks cola,mrpc,sst2,stsb --steps 1500 --batch-size 8 --max-length 64
 GLUE_RATE = 1e-3
 GLUE_CELLS = {
     "search": Cell(f"{GLUE} --holdout 600", at((5e-4, 1e-3, 2e-3), **THREE), SEARCH),
-    "1500 steps": Cell(
-        f"{GLUE} --lr {GLUE_RATE:g}", METHODS | {"joint, balanced": BALANCED["joint, balanced"]}, range(8)
-    ),
+    "1500 steps": Cell(f"{GLUE} --lr {GLUE_RATE:g}", THREE | JOINT_BALANCED, range(6)),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

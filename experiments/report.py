@@ -351,8 +351,9 @@ def premise_text(name, rows):
 
 
 def search_table(rows):
-    """What rates, or static weights, were chosen by: means over the seeds, on rows held out."""
-    grid = {}
+    """What rates, or weights, were chosen by: means over the seeds, on rows held out."""
+    grid, many = {}, not re.search(" at |, weight ", next(iter(rows)))
+    rows = by_method(rows) if many else rows  # merging.py's units have a row for each weight
     for row, found in rows.items():
         method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
         tasks = list(entry(next(iter(found.values())))["tasks"])

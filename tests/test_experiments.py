@@ -17,6 +17,7 @@ import bench  # noqa: E402
 import continual  # noqa: E402
 import controls  # noqa: E402
 import flipped  # noqa: E402
+import merging  # noqa: E402
 import plan  # noqa: E402
 import premise  # noqa: E402
 import reproduce  # noqa: E402
@@ -317,6 +318,45 @@ def test_what_a_control_can_not_do_is_refused(more, words, tmp_path, flags, caps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# merging.py
+
+
+def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tmp_path, flags):
+    own = [*flags, "--methods=single,lora-merged", "--own-a"]
+    assert not train.main([*own, f"--out={tmp_path / 'plain'}", "--merge-weight=0.5"])
+    assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2"])
+    found = json.loads((tmp_path / "out/results.json").read_text())["methods"]
+    plain = json.loads((tmp_path / "plain/results.json").read_text())["methods"]
+    assert list(found) == ["lora-merged at 0.5", "lora-merged at 2"]
+    assert found["lora-merged at 0.5"] == plain["lora-merged"]
+    adapters = [
+        {path.parent.name: path.read_bytes() for path in out.glob("lora-merged/seed0/*/adapter_model.safetensors")}
+        for out in (tmp_path / "plain", tmp_path / "out/0.5", tmp_path / "out/2")
+    ]
+    assert adapters[0] == adapters[1] != adapters[2] and adapters[0].keys() == adapters[2].keys()
+    logs = [path for path in tmp_path.rglob("out/**/log.jsonl")]
+    before = [path.stat().st_mtime_ns for path in logs]
+    assert logs and all("trained" in path.parts for path in logs)
+    assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2", "--resume"])
+    assert [path.stat().st_mtime_ns for path in logs] == before
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--merge-weights=a"], "--merge-weights 'a' is not a list of numbers"),
+        (["--methods=lora-merged"], "made from single, so name that too"),
+        (["--lr=-1"], "--lr -1.0 is outside"),
+    ],
+)
+def test_what_can_not_be_merged_is_refused(more, words, tmp_path, flags, capsys):
+    own = ["--methods=single,lora-merged", "--merge-weights=1", f"--out={tmp_path / 'out'}", *more]
+    assert merging.main([*flags, *own]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # premise.py
 
 
@@ -499,6 +539,9 @@ def test_every_flag_of_the_plan_is_its_scripts():
             script, *words = reproduce.words(unit, "m", "g")
             if "continual" in script:
                 continual.check(continual.Settings(**continual.parse(words)))
+                continue
+            if "merging" in script:
+                merging.parse([*words, "--out=o"])
                 continue
             plain, train.Settings = train.Settings, controls.Settings
             try:

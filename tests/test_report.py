@@ -144,6 +144,9 @@ def test_a_search_marks_the_best_rate():
         ["single", "mrpc", "**80.0**", "70.0"],
         ["single", "average", "**70.0**", "70.0"],
     ]
+    of = {f"lora-merged at {w}": unit(0, x, 80)["results"]["joint"] for w, x in (("0.5", 60), ("1", 64))}
+    table = report.search_table({"lora-merged": {0: unit(0, 0, 0) | {"results": of}}})  # merging.py's
+    assert table == [["held out", "score", "0.5", "1"], ["lora-merged", "average", "70.0", "**72.0**"]]
 
 
 def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""A method's adapters, trained once and merged at several weights, to choose one by.
+
+    python experiments/merging.py --methods lori-d,lori-d-merged --merge-weights 0.25,0.5,1 --out OUT …
+
+The other flags are train.py's, and so are the runs: OUT/trained has the adapters, OUT/0.25, OUT/0.5, … their merges.
+OUT/results.json has the scores of all merges, by names such as "lori-d-merged at 0.25".
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402
+from support.checkpoint import BadInput, read_json, write_text  # noqa: E402
+
+
+def parse(argv):
+    """(own flags, train.py's other words). Raises BadInput."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--methods", "--merge-weights", "--out"):
+        parser.add_argument(flag, default="")
+    own, rest = parser.parse_known_args(argv)
+    own.methods = train.listed(own.methods, "methods", known=train.METHODS)
+    own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
+    if not own.out:
+        raise BadInput("merging.py wants --out FOLDER")
+    train.check(train.Settings(**train.parse([*rest, "--methods", ",".join(own.methods), "--out", own.out])))
+    return own, rest
+
+
+def merge_at(weight, trained, own, rest):
+    """{"METHOD at WEIGHT": {seed: scores}}, by a run that finds the adapters there, and merges. None where it fails."""
+    folder = Path(own.out) / f"{weight:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for method in trained:
+        if not (folder / method).exists():
+            (folder / method).symlink_to(Path("..") / "trained" / method)
+    flags = ["--methods", ",".join(own.methods), "--merge-weight", str(weight), "--out", str(folder), "--resume"]
+    if train.main([*rest, *flags]):
+        return None
+    found = read_json(folder / "results.json")
+    merged = {f"{m} at {weight:g}": x for m, x in found["methods"].items() if m not in trained}
+    return found | {"methods": merged}
+
+
+def main(argv=None):
+    try:
+        own, rest = parse(sys.argv[1:] if argv is None else argv)
+        trained = [m for m in own.methods if not train.METHODS[m].source or train.METHODS[m].own]
+        flags = ["--methods", ",".join(trained), "--out", str(Path(own.out) / "trained")]
+        if status := train.main([*rest, *flags]):
+            return status
+        found = [merge_at(weight, trained, own, rest) for weight in own.merge_weights]
+        if None in found:
+            return 2
+        merged = {name: scores for x in found for name, scores in x["methods"].items()}
+        write_text(Path(own.out) / "results.json", json.dumps(found[0] | {"methods": merged}, indent=1) + "\n")
+    except (BadInput, OSError) as e:
+        print(f"merging.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
