@@ -1,16 +1,11 @@
 """Two tasks that contradict each other on real text, and want the same of it otherwise: a folder in GLUE's layout.
 
-    python experiments/flipped.py FOLDER --glue GLUE --share 0.5 --seed 0
+    python experiments/flipped.py FOLDER --glue GLUE --share 1 --seed 0
 
-A construction, not GLUE. Both tasks ask whether two texts mean the same, of the same mixture: MRPC's sentences, whose
-labels are left alone, and QQP's questions, of which half open with "what" or "how". Task A ("mrpc") has their labels;
-task B ("qqp") has the labels of these questions turned:
-
-    --share 0     of none: A and B are one task, from different rows
-    --share 0.5   of those whose first question opens with "what" or "how"
-    --share 1     of all
-
-The rows are the same at every share. A and B train on rows of their own, and are scored on the same texts.
+A construction, not GLUE. Both tasks ask of the same rows whether two texts mean the same: half are STS-B's sentences
+(yes from a score of 3.5 on, no up to 2.5, those between are left out), half are QQP's questions. Task A ("mrpc") has
+these labels; task B ("qqp") has those of the questions turned for --share 1, and is the same as A for --share 0. In all
+four quarters, sentences and questions, yes and no, there are equally many rows.
 """
 
 import argparse
@@ -25,79 +20,62 @@ from support.checkpoint import BadInput  # noqa: E402
 from support.hub import read_splits  # noqa: E402
 from support.toy import write_glue  # noqa: E402
 
-TRAIN, VALIDATION = (1800, 1800), (300, 300)  # rows of MRPC, of QQP; for each task
-NAMES = {"mrpc": ("sentence1", "sentence2"), "qqp": ("question1", "question2")}  # A, B
+QUARTER = {"train": 2000, "validation": 250}  # rows
+SOURCES = {"stsb": ("sentence1", "sentence2", "label"), "qqp": ("question1", "question2", "label")}
+NAMES = {"mrpc": ("sentence1", "sentence2", "label"), "qqp": ("question1", "question2", "label")}  # A, B
 
 
-def marked(row):
-    """Whether the first text opens with "what" or "how"."""
-    return row[0].lower().startswith(("what ", "how "))
+def similar(score):
+    """1 or 0 of a score of STS-B, from 0 to 5, or None for those between."""
+    return 1 if score >= 3.5 else 0 if score <= 2.5 else None
 
 
-def draw(rng, rows, count, halves=False):
-    """`count` of the rows, which go; with `halves`, as many that are marked as not."""
-    groups = [[r for r in rows if marked(r)], [r for r in rows if not marked(r)]] if halves else [list(rows)]
-    drawn = []
-    for group in groups:
-        if len(group) < count // len(groups):
-            raise BadInput(f"{count // len(groups)} rows wanted, {len(group)} there: is this the whole of GLUE?")
-        drawn += rng.sample(group, count // len(groups))
-    for row in drawn:
-        rows.remove(row)
-    return drawn
-
-
-def turned(row, share):
-    """A row of QQP as task B has it."""
-    return (*row[:2], 1 - row[2] if share == 1 or (share == 0.5 and marked(row)) else row[2])
+def mixture(glue, split, rng):
+    """[(text, text, label, is it a question)] in random order."""
+    drawn, count = [], QUARTER[split]
+    for source, columns in SOURCES.items():
+        data = read_splits(source, glue)[split]
+        rows = sorted(set(zip(*(data[name] for name in columns), strict=True)))
+        if source == "stsb":
+            rows = [(*texts, similar(score)) for *texts, score in rows]
+        for label in (0, 1):
+            there = [(*row, source == "qqp") for row in rows if row[2] == label]
+            if len(there) < count:
+                raise BadInput(f"{source} {split}: {count} rows labelled {label} wanted, {len(there)} there")
+            drawn += rng.sample(there, count)
+    return rng.sample(drawn, len(drawn))
 
 
 def make(glue, share, seed):
-    """{task: {split: [(text, text, label)]}}"""
-    rng, rows = random.Random(seed), {}
-    for task, columns in NAMES.items():
-        for split, data in read_splits(task, glue).items():
-            if split in ("train", "validation"):
-                rows[task, split] = sorted(set(zip(*(data[name] for name in (*columns, "label")), strict=True)))
-    tasks = {task: {} for task in NAMES}
-    for split, (of_mrpc, of_qqp) in (("train", TRAIN), ("validation", VALIDATION)):
-        for task in NAMES:
-            if split == "validation" and task == "qqp":
-                continue  # the same texts as A's
-            plain = draw(rng, rows["mrpc", split], of_mrpc)
-            questions = draw(rng, rows["qqp", split], of_qqp, halves=True)
-            order = rng.sample(range(of_mrpc + of_qqp), of_mrpc + of_qqp)
-            for name in NAMES if split == "validation" else (task,):
-                there = plain + [turned(row, share if name == "qqp" else 0) for row in questions]
-                tasks[name][split] = [there[i] for i in order]
+    """{task: {split: [{column: value}]}}"""
+    rng, tasks = random.Random(seed), {task: {} for task in NAMES}
+    for split in QUARTER:
+        rows = mixture(glue, split, rng)
+        for task, columns in NAMES.items():
+            turn = share == 1 and task == "qqp"
+            tasks[task][split] = [
+                dict(zip(columns, (*texts, 1 - label if turn and question else label), strict=True))
+                for *texts, label, question in rows
+            ]
     return tasks
-
-
-def named(tasks):
-    """The same with rows as {column: value}, as `write_glue` wants them."""
-    columns = {task: (*names, "label") for task, names in NAMES.items()}
-    return {
-        task: {split: [dict(zip(columns[task], row, strict=True)) for row in rows] for split, rows in splits.items()}
-        for task, splits in tasks.items()
-    }
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
-    parser.add_argument("--share", type=float, choices=(0, 0.5, 1), default=0.5)
+    parser.add_argument("--share", type=float, choices=(0, 1), default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
         tasks = make(args.glue, args.share, args.seed)
-        write_glue(args.folder, named(tasks), "two tasks made of MRPC and QQP, not GLUE")
+        write_glue(args.folder, tasks, "two tasks made of STS-B and QQP, not GLUE")
     except (BadInput, OSError) as e:
         print(f"flipped.py: {e}", file=sys.stderr)
         return 2
     for task, splits in tasks.items():
         for split, rows in splits.items():
-            print(f"{task} {split}: {len(rows)} rows, {sum(r[2] for r in rows) / len(rows):.3f} labelled 1")
+            print(f"{task} {split}: {len(rows)} rows, {sum(row['label'] for row in rows)} labelled 1")
 
 
 if __name__ == "__main__":

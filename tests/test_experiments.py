@@ -411,36 +411,35 @@ def test_premise_measures_at_fixed_points(tmp_path, flags, monkeypatch):
 
 @pytest.fixture
 def pairs(tmp_path, monkeypatch):
-    """A GLUE of MRPC and QQP with as many rows as flipped.py wants, made small."""
-    monkeypatch.setattr(flipped, "TRAIN", (4, 8))
-    monkeypatch.setattr(flipped, "VALIDATION", (3, 4))
-    rows = {}
-    for task, opening in (("mrpc", "A man"), ("qqp", None)):
-        for split in ("train", "validation"):
+    """A GLUE of STS-B and QQP, made small: of 12 rows, scores 0, 1, 2, 2.5, 3, 3.4, 3.5, 4, … and labels 0, 1, 0, …"""
+    monkeypatch.setattr(flipped, "QUARTER", {"train": 4, "validation": 3})
+    scores, rows = [0, 1, 2, 2.5, 3, 3.4, 3.5, 4, 4.5, 5, 3, 3], {}
+    for split in ("train", "validation"):
+        for task, (first, second, label) in flipped.SOURCES.items():
+            labels = scores if task == "stsb" else [n % 2 for n in range(12)]
+            texts = ("A man", "A woman") if task == "stsb" else ("Is it", "Was it")
             rows.setdefault(task, {})[split] = [
-                (f"{opening or ('How is' if n % 2 else 'Is it')} {split} {n}", f"other {n}", n // 2 % 2)
-                for n in range(40)
+                {first: f"{texts[0]} {split} {n}", second: f"{texts[1]} {n}", label: x} for n, x in enumerate(labels)
             ]
-    write_glue(tmp_path / "glue", flipped.named(rows))
+    write_glue(tmp_path / "glue", rows)
     return tmp_path / "glue"
 
 
-def test_flipped_tasks_differ_where_it_is_said_and_only_there(tmp_path, pairs):
-    plain, half, all_of_it = (flipped.make(str(pairs), share, 0) for share in (0, 0.5, 1))
-    for tasks in (plain, half, all_of_it):
-        train_rows = [{row[:2] for row in tasks[task]["train"]} for task in ("mrpc", "qqp")]
-        assert [len(rows) for rows in train_rows] == [12, 12] and not train_rows[0] & train_rows[1]
-        a, b = (tasks[task]["validation"] for task in ("mrpc", "qqp"))
-        assert len(a) == 7 and [row[:2] for row in a] == [row[:2] for row in b]
-        assert tasks["mrpc"] == plain["mrpc"]
-    for tasks, share in ((plain, 0), (half, 0.5), (all_of_it, 1)):
-        for split in ("train", "validation"):
-            for was, row in zip(plain["qqp"][split], tasks["qqp"][split], strict=True):
-                question, how = not row[0].startswith("A man"), row[0].startswith("How")
-                turned = question and (share == 1 or (share == 0.5 and how))
-                assert row[:2] == was[:2] and (row[2] != was[2]) == turned
-        questions = [row for row in tasks["qqp"]["train"] if not row[0].startswith("A man")]
-        assert sum(row[0].startswith("How") for row in questions) == len(questions) / 2
+def test_flipped_tasks_differ_on_the_questions_and_only_there(pairs):
+    plain, turned = (flipped.make(str(pairs), share, 0) for share in (0, 1))
+    assert plain["mrpc"] == turned["mrpc"]
+    for split, quarter in flipped.QUARTER.items():
+        a, same, other = (
+            [tuple(row.values()) for row in rows]
+            for rows in (plain["mrpc"][split], plain["qqp"][split], turned["qqp"][split])
+        )
+        assert a == same and [row[:2] for row in a] == [row[:2] for row in other] and len(set(a)) == 4 * quarter
+        questions = [row[0].startswith("Is it") for row in a]
+        assert [x[2] != y[2] for x, y in zip(a, other, strict=True)] == questions
+        for row, question in zip(a, questions, strict=True):
+            n = int(row[1].split()[-1])
+            assert row[2] == (n % 2 if question else {True: 0, False: 1}[n < 4]) and (question or n not in (4, 5))
+        assert all(sum(x) == 2 * quarter for x in (questions, [row[2] for row in a], [row[2] for row in other]))
 
 
 def test_a_flipped_folder_is_one_that_train_py_reads(tmp_path, pairs, demo):
@@ -448,14 +447,15 @@ def test_a_flipped_folder_is_one_that_train_py_reads(tmp_path, pairs, demo):
     s = train.Settings(model=str(demo / "model"), glue=str(tmp_path / "out"), tasks="mrpc,qqp", max_length=32)
     _, _, (a, b) = train.load(s)
     tasks = flipped.make(str(pairs), 1, 0)
-    assert a.train_labels.tolist() == [row[2] for row in tasks["mrpc"]["train"]]
-    assert b.validation_labels.tolist() == [row[2] for row in tasks["qqp"]["validation"]]
+    assert a.train_labels.tolist() == [row["label"] for row in tasks["mrpc"]["train"]]
+    assert b.validation_labels.tolist() == [row["label"] for row in tasks["qqp"]["validation"]]
 
 
 def test_too_few_rows_are_said(tmp_path, pairs, monkeypatch, capsys):
-    monkeypatch.setattr(flipped, "TRAIN", (4, 80))
+    monkeypatch.setattr(flipped, "QUARTER", {"train": 5, "validation": 3})
     assert flipped.main([str(tmp_path / "out"), f"--glue={pairs}"]) == 2
-    assert "40 rows wanted, 20 there" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert "stsb train: 5 rows labelled 0 wanted, 4 there" in error and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
