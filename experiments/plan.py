@@ -109,6 +109,20 @@ for steps in (1600, 400):
 for steps in (1600, 400):
     TOY_CELLS[f"p = 0, {steps} steps, lr 0.004"] = Cell(toy(steps, "--lr 4e-3"), THREE, range(15), "toy 0")
 
+# Two changes to the method, in the toy: to be looked at further only if half a point better than `ortho, balanced`.
+TRIES = {
+    "ortho, balanced": BALANCED["ortho, balanced"],
+    "ortho, steps": "--methods ortho --attempt steps",
+    "ortho, steps, agree": "--methods ortho --attempt steps --control agree",
+    "ortho, running balance": "--methods ortho --attempt running",
+}
+TOY_CELLS |= {
+    f"tries, 400 steps, lr {rate:g}": Cell(
+        toy(400, f"--lr {rate:g}"), TRIES, range(9), "toy 0.5", script="experiments/tries.py"
+    )
+    for rate in (2e-3, 4e-3, 8e-3)
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # premise (E3): is there conflict beyond noise?
 

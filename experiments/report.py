@@ -231,8 +231,10 @@ def cell_text(name, rows):
     """A cell as its tables, under a heading."""
     tasks = list(entry(next(iter(next(iter(rows.values())).values())))["tasks"])
     parts = [f"### {name}", markdown(score_table(rows, tasks))]
+    base = "joint" if "joint" in rows else next(iter(rows))
+    if len(rows) > 1:
+        parts.append(markdown(difference_table(f"less {base}", less(rows, base), tasks)))
     if "joint" in rows:
-        parts.append(markdown(difference_table("less joint", less(rows, "joint"), tasks)))
         shams = {row: found for row, found in rows.items() if row.startswith("ortho")}
         if len(shams) > 1 and "ortho" in shams:
             parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks)))

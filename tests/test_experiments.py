@@ -21,6 +21,7 @@ import merging  # noqa: E402
 import plan  # noqa: E402
 import premise  # noqa: E402
 import reproduce  # noqa: E402
+import tries  # noqa: E402
 
 import evaluate  # noqa: E402
 import lora  # noqa: E402
@@ -318,6 +319,53 @@ def test_what_a_control_can_not_do_is_refused(more, words, tmp_path, flags, caps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tries.py
+
+
+def test_a_tasks_step_is_the_one_that_adam_takes_for_it_alone():
+    """Three steps of torch's Adam at rate 1 on each row by itself: what it subtracts is the row."""
+    grads, step = torch.randn(3, 2, 5) * torch.tensor([[1.0], [100.0]]), tries.steps()
+    alone = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
+    adam = torch.optim.Adam(alone, lr=1.0)
+    for rows in grads:
+        before = [p.detach().clone() for p in alone]
+        for p, g in zip(alone, rows, strict=True):
+            p.grad = g.clone()
+        adam.step()
+        step(rows)
+        assert torch.allclose(rows, torch.stack([b - p for b, p in zip(before, alone, strict=True)]), atol=1e-5)
+
+
+def test_running_balance_by_hand():
+    """First norms 1 and 3: both become 2. Then 1 and 9, of which s is sqrt of (0.95 + 1, 0.95 * 9 + 81) / 1.95."""
+    balance, rows = tries.running(), torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    balance(rows)
+    assert torch.allclose(rows, torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    rows = torch.tensor([[1.0, 0.0], [0.0, 9.0]])
+    balance(rows)
+    s = ((0.95 * torch.tensor([1.0, 9.0]) + torch.tensor([1.0, 81.0])) / 1.95).sqrt()
+    assert torch.allclose(rows.norm(dim=1), s.mean() / s * torch.tensor([1.0, 9.0]))
+    rows = torch.zeros(2, 2)
+    tries.running()(rows)  # no gradient at all
+    assert not rows.any()
+
+
+def test_a_try_moves_the_adapter_by_the_projected_steps(tmp_path, flags, capsys):
+    """One step, B = 0: Adam's first is g / |g| at every place, so B moves by the rate times the tasks' sum of signs."""
+    one = [*flags, "--steps=1", "--warmup=0", "--weight-decay=0", "--lr=0.5", "--methods=joint", "--per-task=loop"]
+    assert not tries.main([*one, "--attempt=steps", f"--out={tmp_path / 'steps'}"])
+    (path, *_) = (tmp_path / "steps").rglob("adapter_model.safetensors")
+    moved = [x for name, x in read_safetensors(path).items() if "lora_B" in name]
+    assert torch.stack([x.abs().max() for x in moved]).max() == pytest.approx(1.5, abs=1e-3)  # three tasks agree
+    assert json.loads((tmp_path / "steps/settings.json").read_text())["settings"]["attempt"] == "steps"
+    assert not tries.main([*one, "--attempt=running", f"--out={tmp_path / 'running'}"])
+    assert train.balance is tries.balance and train.make_optimizer is tries.make_optimizer
+    for more, words in (("--balance", "in the place of --balance"), ("--seeds=0,1", "one method and one seed")):
+        assert tries.main([*one, "--attempt=steps", more, f"--out={tmp_path / 'no'}"]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # merging.py
 
 
@@ -543,9 +591,9 @@ def test_every_flag_of_the_plan_is_its_scripts():
             if "merging" in script:
                 merging.parse([*words, "--out=o"])
                 continue
-            plain, train.Settings = train.Settings, controls.Settings
+            plain, train.Settings = train.Settings, tries.Settings if "tries" in script else controls.Settings
             try:
-                s = controls.Settings(**train.parse(words))
+                s = train.Settings(**train.parse(words))
             finally:
                 train.Settings = plain
             train.check(s)
