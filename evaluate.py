@@ -39,7 +39,7 @@ def find_device(name, local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # of "meta" there is none
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device

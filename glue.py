@@ -5,7 +5,7 @@ TASKS, score                                   a row for each task; its official
 load_task                                      the Hub's nyu-mll/glue, or a folder laid out like it -> Examples
 load_tokenizer, encode, encode_for             texts -> token ids
 load_data                                      a task, tokenized and ready to train on -> TaskData
-batches, batches_of_steps                      which rows make a step; every task's, as tensors -> Batch
+rows_of_steps, batches_of_steps                which rows make a step; every task's, as tensors -> Batch
 evaluation_batches, inputs                     which rows are scored together; token ids -> padded tensors
 write_submission                               predictions -> the leaderboard's files
 """

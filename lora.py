@@ -79,6 +79,8 @@ FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BER
 
 
 def replace_module(module, path, new):
+    if not path:
+        raise ValueError("the model is the LoRA layer itself, with nothing around it to put another into")
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, new)
 
@@ -145,8 +147,6 @@ def blocks(model, unit="tensor", factors="AB"):
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
-    if renamed := {"role": "factor", "joint": "all"}.get(unit):
-        raise ValueError(f"unit {unit!r} is now {renamed!r}")
     if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
         raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]

@@ -51,10 +51,9 @@ def freeze_A(model, seed):
 
 
 def layers_of(model):
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no LoRA layers")
-    return layers
+    if layers := lora_layers(model):
+        return layers
+    raise ValueError("the model has no LoRA layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,10 +214,10 @@ def insert(model, adapter):
     dropout, its factors frozen where those were. Raises ValueError before anything is changed: a path or a shape that
     the model does not have, a LoRA layer that the adapter has nothing for, a model under `MaskedB`.
     """
-    modules, new = dict(model.named_modules()), {}
+    modules, bases, new = dict(model.named_modules()), {}, {}
     if stray := sorted(lora_layers(model).keys() - adapter.keys()):
         raise ValueError(f"adapter of other targets: it has nothing for the LoRA layer {stray[0]}")
-    for path, (A, B, scale) in adapter.items():
+    for path, (A, B, _) in adapter.items():
         old = modules.get(path)
         if not isinstance(old, (LoRALinear, nn.Linear)):
             raise ValueError(f"adapter of another model: {path} is no linear layer here")
@@ -228,15 +227,16 @@ def insert(model, adapter):
         if (B.shape[0], A.shape[1]) != (base.out_features, base.in_features) or A.shape[0] != B.shape[1]:
             found, shape = f"A {tuple(A.shape)} and B {tuple(B.shape)}", tuple(base.weight.shape)
             raise ValueError(f"adapter of another model: {found} for {path}, whose weight is {shape}")
-        layer = LoRALinear(base, len(A), scale * len(A), getattr(old, "dropout", 0.0))
+        bases[path] = base
+    for path, base in bases.items():
+        (A, B, scale), old = adapter[path], modules[path]
+        new[path] = layer = LoRALinear(base, len(A), scale * len(A), getattr(old, "dropout", 0.0))
         layer.scale = scale  # to the bit
         layer.A.copy_(A)
         layer.B.copy_(B)
         if isinstance(old, LoRALinear):
             layer.A.requires_grad_(old.A.requires_grad)
             layer.B.requires_grad_(old.B.requires_grad)
-        new[path] = layer
-    for path, layer in new.items():
         replace_module(model, path, layer)
     return new
 

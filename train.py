@@ -562,6 +562,8 @@ def main(argv=None):
         error, status = str(e), 2
     except FloatingPointError as e:
         error, status = f"{e}; a smaller --lr may help", 1
+    except torch.OutOfMemoryError as e:  # of a GPU
+        error, status = f"{str(e).splitlines()[0]} A smaller --batch-size or --max-length may help", 1
     except KeyboardInterrupt:
         begun = s and s.out and (Path(s.out) / "settings.json").exists()
         error, status = "interrupted" + (f"; to go on: {runs.again(argv, s.out, s.demo)}" if begun else ""), 130

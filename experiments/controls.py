@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import ortholora  # noqa: E402
 import train  # noqa: E402
 from evaluate import load_tuned, logits_of  # noqa: E402
-from support import table  # noqa: E402
+from support import runs  # noqa: E402
 from support.checkpoint import BadInput, read_json, write_text  # noqa: E402
 
 projection_coefficients = ortholora.projection_coefficients
@@ -74,15 +74,18 @@ class Settings(train.Settings):
 
 def check(s, given):
     """What the shams can't do. Raises BadInput."""
-    methods = s.methods.split(",")
-    if s.control and not all(m in train.METHODS and train.METHODS[m].project for m in methods):
+    methods = train.listed(s.methods, "methods")
+    if s.control and not all(train.METHODS[m].project for m in methods):
         raise BadInput(f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name such")
     if s.control and s.sequential:
         raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
     if s.control == "shuffled" and (
-        s.unit != "tensor" or s.factors != "AB" or not {"ortho", "balanced"} >= set(methods)
+        s.unit != "tensor" or s.factors != "AB" or s.targets or not {"ortho", "balanced"} >= set(methods)
     ):
-        raise BadInput("--control shuffled is about blocks that are an A or a B each: --methods ortho, --unit tensor")
+        raise BadInput(
+            "--control shuffled is about blocks that are an A or a B of square layers: --methods ortho, --unit tensor, "
+            "and the default --targets"
+        )
     if s.demo or not {"model", "glue"} <= set(given):
         raise BadInput("controls.py wants --model and --glue; the demo has workers and seeds of its own")
     if s.jobs > 1:
@@ -110,18 +113,21 @@ def losses(s):
     """{method: {seed: {task: {"loss", "commonest"}}}} of the finished adapters in --out."""
     encoder, _, tasks = train.load(s)
     found = {}
-    for method in read_json(Path(s.out) / "results.json")["methods"]:
-        for seed, folder in table.seed_folders(Path(s.out), method).items():
+    for method, finished in read_json(Path(s.out) / "results.json")["methods"].items():
+        for seed in finished:
+            folder = Path(s.out) / method / f"seed{seed}"
             for data in tasks:
                 said = validation_loss(load_tuned(encoder, folder / data.name, data.name), data)
                 entry = dict(zip(("loss", "commonest"), said, strict=True))
-                found.setdefault(method, {}).setdefault(str(seed), {})[data.name] = entry
+                found.setdefault(method, {}).setdefault(seed, {})[data.name] = entry
     return found
 
 
-def main(argv=None):
+def main(argv=None, typed=None, script="experiments/controls.py"):
+    """typed, script: the command as the user gave it, for the one that goes on."""
     argv = sys.argv[1:] if argv is None else argv
     plain, train.Settings = train.Settings, Settings  # so that the flag is parsed, and settings.json binds it
+    again, runs.again = runs.again, lambda _, out, demo: again(typed or argv, out, demo, script)
     try:
         given = train.parse(argv)
         s = Settings(**given)
@@ -137,7 +143,7 @@ def main(argv=None):
         print(f"controls.py: {e}", file=sys.stderr)
         return 2
     finally:
-        train.Settings, ortholora.projection_coefficients = plain, projection_coefficients
+        train.Settings, ortholora.projection_coefficients, runs.again = plain, projection_coefficients, again
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def parse(argv):
     own, rest = parser.parse_known_args(argv)
     own.methods = train.listed(own.methods, "methods", known=train.METHODS)
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
+    if not all(0 < weight <= 1e3 for weight in own.merge_weights):
+        raise BadInput(f"--merge-weights {own.merge_weights}: above 0, and at most 1,000")
     if not own.out:
         raise BadInput("merging.py wants --out FOLDER")
     train.check(train.Settings(**train.parse([*rest, "--methods", ",".join(own.methods), "--out", own.out])))

@@ -39,10 +39,10 @@ from train import METHODS  # noqa: E402
 # Statistics
 
 
-def interval(differences):
-    """(mean, low, high) of paired differences, (seeds,): Student's 95 % t interval, mean ± t s / √n."""
+def interval(differences, level=0.95):
+    """(mean, low, high) of paired differences, (seeds,): Student's t interval, mean ± t s / √n."""
     x = np.asarray(differences, float)
-    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    half = stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
 
 
@@ -83,10 +83,9 @@ def share(gain, gap):
 
 def source(r):
     """Where numbers come from: the last line of every table."""
-    jobs = f"{r['jobs']} runs at a time, " * (r.get("jobs", 1) > 1)
-    seeds = r.get("seeds") or r.get("results", {}).get("seeds")
+    jobs = f"{r['jobs']} runs at a time, " * (r["jobs"] > 1)
     return (
-        f"`{r['command']}`, seeds {', '.join(map(str, seeds))}; {r['minutes']:.0f} minutes of runs, {jobs}"
+        f"`{r['command']}`, seeds {', '.join(map(str, r['seeds']))}; {r['minutes']:.0f} minutes of runs, {jobs}"
         f"{r['hardware']} ({r['processor']}), torch {r['torch']}, commit {r['commit']}, {r['date']}."
     )
 
@@ -183,17 +182,20 @@ def score_table(rows, tasks):
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
 
 
-def difference_table(title, pairs, tasks):
+def difference_table(title, pairs, tasks, ninety=False):
     """[(name, row, base)] -> row - base, paired by seed, with 95 % intervals; and what the average could have shown.
 
     loss: of the validation split, in nats or shares of the labels' variance, averaged over the tasks; less is better.
+    ninety: the average with a 90 % interval, too, which plan.py's rule for shams is about.
     """
-    table = [[title, *tasks, "average", "could have seen", "loss"]]
+    more = ["average, 90 %"] * ninety
+    table = [[title, *tasks, "average", *more, "could have seen", "loss"]]
     for name, row, base in pairs:
         x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
         if len(x[-1]) > 1:
             loss = signed(interval(differences(*(values(found, "", "loss") for found in (row, base)))), 3)
-            table.append([name, *(signed(interval(d), 1) for d in x), f"{detectable(x[-1]):.1f}", loss])
+            more = [signed(interval(x[-1], 0.9), 1)] * ninety
+            table.append([name, *(signed(interval(d), 1) for d in x), *more, f"{detectable(x[-1]):.1f}", loss])
     return table
 
 
@@ -237,7 +239,7 @@ def cell_text(name, rows):
     if "joint" in rows:
         shams = {row: found for row, found in rows.items() if row.startswith("ortho")}
         if len(shams) > 1 and "ortho" in shams:
-            parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks)))
+            parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks, ninety=True)))
         if "single" in rows and len(differences(values(rows["single"]), values(rows["joint"]))) > 2:
             rest = [row for row in rows if row not in ("single", "joint") and len(rows[row]) > 2]
             parts.append("\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest))

@@ -5,8 +5,8 @@
     python experiments/reproduce.py toy --jobs 2 --minutes 90               two at a time; none begins after 90 minutes
 
 A unit is one row with one seed, on one thread. What it says goes to results/NAME/units/, and what stands there is not
-run again; a unit that was interrupted goes on, but for premise's and the late sham's, which start over. So the same
-command continues, whenever and wherever it is given. `report.py` turns the units into tables and figures.
+run again; a unit that was interrupted goes on, but for premise's, the late sham's and tries.py's, which start over. So
+the same command continues, whenever and wherever it is given. `report.py` turns the units into tables and figures.
 """
 
 import argparse
@@ -103,6 +103,7 @@ def run(unit, args):
     """Run a unit, and write its file. Raises SystemExit where it fails."""
     folder, begin = Path(args.out) / unit.experiment / str(unit), time.perf_counter()
     script, *flags = words(unit, *data_of(unit, args))
+    about = machine(torch.device("cpu"))
     folder.mkdir(parents=True, exist_ok=True)
     again = ["--resume"] * (script != "experiments/premise.py")
     command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder), *again]
@@ -110,12 +111,15 @@ def run(unit, args):
         code = subprocess.run(command, stdout=log, stderr=log, env=ONE_THREAD).returncode
     if code:
         raise SystemExit(f"{shlex.join(command)}\nended with {code}; see {folder}/output.txt")
-    write(unit.path(args.results), gathered(unit, folder))
+    write(unit.path(args.results), gathered(unit, folder, about))
     return time.perf_counter() - begin
 
 
-def gathered(unit, folder):
-    """A unit's file, out of its run's folder: where it comes from, scores, losses, what the projection saw."""
+def gathered(unit, folder, about):
+    """A unit's file, out of its run's folder: where it comes from, scores, losses, what the projection saw.
+
+    about: `machine`'s, of before the run, since the commit may be another one after it.
+    """
     found = json.loads((folder / "results.json").read_text())
     times = [json.loads(path.read_text()) for path in folder.rglob("timing.json")]
     losses = json.loads((folder / "losses.json").read_text()) if (folder / "losses.json").exists() else {}
@@ -134,9 +138,9 @@ def gathered(unit, folder):
         "command": shlex.join(["python", *words(unit, "MODEL", "GLUE")]),
         "data": unit.cell.data,
         "tasks": found["tasks"],
-        **machine(torch.device("cpu")),
+        **about,
         "hardware": times[0]["hardware"],
-        "source": times[0]["source"],
+        "source": ", ".join(sorted({unit["source"] for unit in times})),
         "seconds": round(sum(unit["seconds_per_step"] * unit["steps"] for unit in times), 1),
         "majority": {task: scores["score"] for task, scores in found.get("majority", {}).items()},
         "results": results,
@@ -244,6 +248,8 @@ def main():
         re.compile(args.only)
     except re.error as e:
         parser.error(f"--only {args.only!r} is no regular expression: {e}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: at least one")
     if not args.experiment:
         for name, (about, _) in EXPERIMENTS.items():
             there = [unit.path(args.results).exists() for unit in units(name)]
@@ -251,6 +257,8 @@ def main():
         for name, do in SPECIAL.items():
             print(f"{name:14} {do.__doc__}")
         return
+    if Path(args.glue).exists():
+        args.glue = str(Path(args.glue).resolve())  # data are made from another folder than this
     package = {"trust": "safetensors", "demo": "matplotlib"}.get(args.experiment)
     if package and not installed(package):
         parser.error(f"{args.experiment} needs {package}, not installed; run pip install -r requirements-dev.txt")

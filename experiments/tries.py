@@ -89,16 +89,18 @@ def main(argv=None):
     controls.Settings = Settings  # so that settings.json binds the flag
     try:
         if attempt:
-            if "," in given.methods + given.seeds:
+            if not given.methods or "," in given.methods + given.seeds:
                 raise BadInput(f"--attempt {attempt} remembers a step: give one method and one seed")
+            if given.methods not in ("joint", "pcgrad", "ortho"):
+                raise BadInput(f"--attempt {attempt} with --methods {given.methods}: joint, pcgrad or ortho")
             if any(word.partition("=")[0] in ("--balance", "--clip", "--save-every") for word in rest):
                 raise BadInput("--attempt stands in the place of --balance, and sets --clip and --save-every itself")
-            flags = ["--balance", "--save-every", "1e9"]  # what is remembered is not saved
+            clip = "0" if attempt == "steps" else "1"
+            flags = ["--balance", "--save-every", "1e9", "--clip", clip]  # what is remembered is not saved
             train.balance = {"steps": steps, "running": running}.get(attempt, lambda: balance)()
         if attempt == "steps":
-            flags += ["--clip", "0"]
             train.make_optimizer = optimizer_of
-        return controls.main([*argv, *flags])
+        return controls.main([*argv, *flags], argv, "experiments/tries.py")
     except BadInput as e:
         print(f"tries.py: {e}", file=sys.stderr)
         return 2

@@ -279,6 +279,9 @@ def source_checksum():
     return hashlib.sha256(b"".join(f.read_bytes() for f in files if not f.name.startswith("test_"))).hexdigest()[:16]
 
 
+source_checksum()  # now: of the files as they are loaded, not as they are when a training ends
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside a unit
 
@@ -384,7 +387,7 @@ def work(run, parent):
         while True:
             parent.send(None)  # no batches, but room for a unit
             run(parent.recv(), *loaded, Ticks(parent))
-    except (BadInput, OSError, FloatingPointError) as e:
+    except (BadInput, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
         parent.send(e)
 
 

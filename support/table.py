@@ -300,9 +300,12 @@ def write(out):
     out = Path(out)
     if not (out / "settings.json").exists():
         raise BadInput(f"{out} has no settings.json, so no run is in it")
+    about = read_json(out / "settings.json")
+    if not {"settings", "facts", "methods"} <= about.keys() or "disjoint" in about["settings"]:
+        raise BadInput(f"{out} has no run of train.py in it; continual.py prints its own table, with --resume")
     with locked(out, wait=True):
         results, timings = gather(out)
-        text = report(results, timings, read_json(out / "settings.json"))
+        text = report(results, timings, about)
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
         write_text(out / "results.md", text)
     return text

@@ -530,12 +530,13 @@ MARKER = "demo.json"  # says what a folder holds
 def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, rows=2000):
     """Write `folder/glue` and `folder/model`, and return the folder. The same arguments and machine: the same bytes.
 
-    folder: by default runs/toy-DIGEST, of all that its contents are a function of. seed: of everything; conflict: see
-    `make_tasks`; steps: of pretraining; rows: to train on, per task (validation has a fifth). It is made beside its
+    folder: by default runs/toy-DIGEST, of the arguments, torch, this file and model.py. seed: of everything; conflict:
+    see `make_tasks`; steps: of pretraining; rows: to train on, per task (validation has a fifth). It is made beside its
     place and renamed when whole, so a folder that is there is kept as it is. Raises ValueError: a conflict outside
     [0, 1]; BadInput: a folder that holds something else.
     """
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    files = Path(__file__), Path(__file__).parents[1] / "model.py"
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     settings = {"seed": seed, "conflict": conflict, "steps": steps, "rows": rows}
     settings |= {"torch": torch.__version__, "source": source}
     text = json.dumps(settings, indent=1) + "\n"

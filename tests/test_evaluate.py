@@ -219,6 +219,7 @@ def test_an_adapter_that_does_not_say_its_task(finished, demo, tmp_path, capsys)
         (["nowhere"], "nowhere: no adapter_config.json there, nor in a folder inside it"),
         (["OUT/ortho/seed0/sst2", "--device", "cuda:99"], "--device cuda:99: "),
         (["OUT/ortho/seed0/sst2", "--device", "nothing"], "--device nothing: "),
+        (["OUT/ortho/seed0/sst2", "--device", "meta"], "--device meta: "),
         (["OUT/ortho/seed0/sst2", "--model", "./nowhere"], "there is no model folder ./nowhere"),
         (["OUT/ortho/seed0/sst2", "--tasks", "sst3"], "does not say its task"),
         (["OUT/ortho/seed0", "--tasks", "sst2"], "adapters, which say their own"),

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import lori  # noqa: E402
 import ortholora  # noqa: E402
 import train  # noqa: E402
 from glue import inputs, score  # noqa: E402
+from support import table  # noqa: E402
 from support.checkpoint import read_safetensors  # noqa: E402
 from support.toy import make_demo, write_glue  # noqa: E402
 
@@ -149,6 +151,8 @@ def test_what_is_finished_is_kept_and_a_run_without_resume_is_refused(tmp_path, 
     assert "disjoint" in capsys.readouterr().err  # nor is it taken for a run of train.py
     monkeypatch.setattr(continual, "run", None)
     assert not continual.main([*flags, "--methods=single", f"--out={out}", "--resume"])
+    before = (out / "results.json").read_bytes()
+    assert table.main([str(out)]) == 2 and (out / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -273,7 +277,7 @@ def test_the_late_sham_is_one_step_behind():
         assert torch.equal(C, controls.projection_coefficients(before, order))
 
 
-def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_path, flags):
+def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_path, flags, capsys):
     outs = {name: tmp_path / name for name in ("plain", "none", "agree", "late")}
     ortho = [*flags, "--methods=ortho", "--per-task=loop", "--save-every=1e9"]
     assert not train.main([*ortho, f"--out={outs['plain']}"])
@@ -288,7 +292,13 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
     assert "control" not in train.Settings.__dataclass_fields__  # what was replaced is back
     assert ortholora.projection_coefficients is controls.projection_coefficients
     assert controls.main([*ortho, f"--out={outs['agree']}", "--resume"]) == 2  # without its control
-    losses = json.loads((outs["plain"].with_name("none") / "losses.json").read_text())["ortho"]["0"]
+    capsys.readouterr()
+    again = [*ortho, "--control=agree", "--out", str(outs["agree"])]
+    assert controls.main(again) == 2  # without --resume: it says the command that would go on
+    assert f"python experiments/controls.py {shlex.join(again)} --resume" in capsys.readouterr().err.strip()
+    (outs["none"] / "ortho" / "seed1").mkdir()  # of another process, which is at work on it
+    assert not controls.main([*ortho, f"--out={outs['none']}", "--resume"])
+    losses = json.loads((outs["none"] / "losses.json").read_text())["ortho"]["0"]
     encoder, _, (data, *_) = train.load(train.Settings(**train.parse(flags)))
     model = evaluate.load_tuned(encoder, outs["none"] / "ortho" / "seed0" / data.name, data.name).eval()
     with torch.no_grad():
@@ -308,7 +318,8 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
         (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
         (["--jobs=2"], "workers would know nothing of --control"),
         (["--control=early"], "'early' is none of"),
-        (["--control=shuffled", "--unit=all"], "blocks that are an A or a B each"),
+        (["--control=shuffled", "--unit=all"], "blocks that are an A or a B of square layers"),
+        (["--control=shuffled", "--targets=all-linear"], "and the default --targets"),
         (["--control=agree", "--demo"], "the demo has workers and seeds of its own"),
     ],
 )
@@ -360,7 +371,12 @@ def test_a_try_moves_the_adapter_by_the_projected_steps(tmp_path, flags, capsys)
     assert json.loads((tmp_path / "steps/settings.json").read_text())["settings"]["attempt"] == "steps"
     assert not tries.main([*one, "--attempt=running", f"--out={tmp_path / 'running'}"])
     assert train.balance is tries.balance and train.make_optimizer is tries.make_optimizer
-    for more, words in (("--balance", "in the place of --balance"), ("--seeds=0,1", "one method and one seed")):
+    refused = {
+        "--balance": "in the place of",
+        "--seeds=0,1": "one method and one seed",
+        "--methods=single": "joint, pcg",
+    }
+    for more, words in refused.items():
         assert tries.main([*one, "--attempt=steps", more, f"--out={tmp_path / 'no'}"]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
 
@@ -393,6 +409,7 @@ def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tm
     "more, words",
     [
         (["--merge-weights=a"], "--merge-weights 'a' is not a list of numbers"),
+        (["--merge-weights=1,0"], "above 0, and at most 1,000"),
         (["--methods=lora-merged"], "made from single, so name that too"),
         (["--lr=-1"], "--lr -1.0 is outside"),
     ],
@@ -564,6 +581,12 @@ def test_units_come_seed_by_seed():
         ]  # fmt: skip
     finally:
         del reproduce.EXPERIMENTS["order"]
+
+
+def test_no_jobs_are_refused(small, capsys):
+    with pytest.raises(SystemExit):
+        small({}, "--jobs=0")
+    assert "--jobs 0: at least one" in capsys.readouterr().err
 
 
 def test_reproduce_runs_continual(small):

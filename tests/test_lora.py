@@ -277,6 +277,8 @@ def test_same_factors_same_logits_as_peft(family, rslora):
     assert (expected - start).abs().max() > 1e-2  # the adapter does something
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
+    with pytest.raises(ValueError, match="the LoRA layer itself"):  # where there is no place to put the merged one
+        merge_lora(next(iter(lora_layers(model).values())))
     merged = merge_lora(copy.deepcopy(model))
     assert not lora_layers(merged) and lora_layers(model).keys() == layers.keys()
     assert merged.state_dict().keys() == reference.unload().state_dict().keys()
@@ -378,8 +380,7 @@ def test_blocks():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["role"], "unit 'role' is now 'factor'"),
-        (["joint"], "unit 'joint' is now 'all'"),
+        (["role"], "unit 'role', factors 'AB': tensor, factor or all"),
         (["layer"], "'layer'"),
         (["tensor", "C"], "'C'"),
         (["all", ""], "''"),

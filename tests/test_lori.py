@@ -533,6 +533,10 @@ def test_insert_refuses():
     for bad in (A[:, 1:], B, 1.0), (A, B[1:], 1.0), (A[1:], B, 1.0):
         says("for block.1.up, whose weight is (14, 10)", insert, model, {**held, "block.1.up": bad})
     assert all(torch.equal(layer.B, before[path]) for path, layer in lora_layers(model).items())
+    plain = nn.ModuleDict({"a": nn.Linear(10, 14), "b": nn.Linear(3, 3)})
+    says("for b, whose weight is (3, 3)", insert, plain, {"a": (A, B, scale), "b": (A, B, scale)})
+    assert plain["a"].weight.requires_grad  # nothing was frozen
+    says("the LoRA layer itself", insert, LoRALinear(nn.Linear(10, 14), 2, 4), {"": (A, B, scale)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -241,6 +241,11 @@ def test_a_run_that_is_not_finished(finished, tmp_path):
     assert table.write(out) == "No method is finished with any seed yet.\n" and results_of(out)["methods"] == {}
 
 
+def test_settings_that_are_not_trains(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("{}")
+    assert table.main([str(tmp_path)]) == 2 and "no run of train.py" in capsys.readouterr().err
+
+
 def test_no_run_there(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()

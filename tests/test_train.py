@@ -798,6 +798,17 @@ def test_divergence_is_named(run, tmp_path):
     assert not list((tmp_path / "out").rglob("result.json")) and "Traceback" not in err
 
 
+def test_a_gpu_without_memory_left_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(train, "gradients", full)
+    status, _, err = run("--tasks sst2 --methods joint --steps 2")
+    assert status == 1 and "Traceback" not in err
+    expected = "CUDA out of memory. Tried to allocate 2.00 GiB. A smaller --batch-size or --max-length may help"
+    assert err.strip().splitlines()[-1] == f"train.py: {expected}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Without the Hub
 
