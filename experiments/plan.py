@@ -221,6 +221,7 @@ LORI_CELLS = {
         at(LORI_RATES["single"], single="--methods single --own-a")
         | at(LORI_RATES["lori-d"], **{"lori-d": "--methods lori-d"}),
         SEARCH,
+        script="train.py",
     ),
     "search, sparse rates": Cell(
         f"{LORI_STEPS} --holdout 300",
@@ -229,6 +230,7 @@ LORI_CELLS = {
             for rate in LORI_RATES["lori-s"]
         },
         SEARCH,
+        script="train.py",
     ),
     "search, merge weights": Cell(
         f"{LORI_STEPS} --holdout 300",
@@ -237,7 +239,10 @@ LORI_CELLS = {
         script="experiments/merging.py",
     ),
     "alone and merged": Cell(
-        LORI_STEPS, {MERGED[m]: f"{merged(m)} --merge-weight {MERGE_WEIGHT[m]:g}" for m in MERGED}, range(5)
+        LORI_STEPS,
+        {MERGED[m]: f"{merged(m)} --merge-weight {MERGE_WEIGHT[m]:g}" for m in MERGED},
+        range(5),
+        script="train.py",
     ),
 }
 LORI_CELLS |= {
@@ -248,7 +253,7 @@ LORI_CELLS |= {
             + f" --sparse-lr {LORI_RATE['lori-s']:g}" * (m == "lori-s")
             for m in OF
         },
-        range(5),
+        range(3),
         script="experiments/continual.py",
     )
     for order in ORDERS

@@ -125,8 +125,9 @@ def values(found, task="", score="score"):
     factor = 1 if score in ("score", "loss") else 100
     tasks = [task] if task else list(entry(next(iter(found.values())))["tasks"])
     return {
-        seed: factor * float(np.mean([entry(unit)["tasks"][t][score] for t in tasks])) for seed, unit in found.items()
-    }
+        seed: factor * float(np.mean([entry(unit)["tasks"][t].get(score, math.nan) for t in tasks]))
+        for seed, unit in found.items()
+    }  # NaN: losses of what train.py ran, which has none
 
 
 def differences(row, base):
@@ -176,7 +177,8 @@ def score_table(rows, tasks):
     for row, found in rows.items():
         columns = [list(values(found, task).values()) for task in [*tasks, ""]]
         table.append([row, *map(mean_and_spread, columns)])
-        table[-1] += [mean_and_spread(list(values(found, "", "loss").values()), 3), collapsed(found), str(len(found))]
+        loss = list(values(found, "", "loss").values())
+        table[-1] += ["" if np.isnan(loss).any() else mean_and_spread(loss, 3), collapsed(found), str(len(found))]
     guess = next(iter(next(iter(rows.values())).values()))["majority"]
     chance = [guess[task] for task in tasks]
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
@@ -193,7 +195,8 @@ def difference_table(title, pairs, tasks, ninety=False):
     for name, row, base in pairs:
         x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
         if len(x[-1]) > 1:
-            loss = signed(interval(differences(*(values(found, "", "loss") for found in (row, base)))), 3)
+            loss = differences(*(values(found, "", "loss") for found in (row, base)))
+            loss = "" if np.isnan(loss).any() else signed(interval(loss), 3)
             more = [signed(interval(x[-1], 0.9), 1)] * ninety
             table.append([name, *(signed(interval(d), 1) for d in x), *more, f"{detectable(x[-1]):.1f}", loss])
     return table
