@@ -9,8 +9,8 @@ lori's rates and weights: they are given, until their searches are whole.
 
 Where conflict as such is asked about, two contrasts make the answer: ortho - joint, is there a gain, and ortho - sham,
 does it take the angles. A gain with a sham as good as ortho (the 90 % interval of ortho - sham within a point of 0) is
-one of weights; a gain beyond the sham's is one of angles; without a gain the sham says nothing. The rate of the toy's
-contrast was set after its search.
+one of weights; a gain beyond the sham's is one of angles; without a gain the sham says nothing. This rule was written
+with scales' results, before contradiction's; the rate of the toy's contrast was set after its search.
 """
 
 from dataclasses import dataclass

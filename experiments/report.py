@@ -208,16 +208,23 @@ def less(rows, base):
 
 
 def weight_table(rows, tasks):
-    """Effective weights and norms of the tasks' gradients in the first fifth of the steps; how many pairs conflict."""
-    table, norms = [["weights, first fifth", *tasks, "pairs in conflict"]], []
+    """Effective weights and norms of the tasks' gradients, medians over the seeds, in the first and the last fifth of
+    the steps; how many pairs of gradients conflict, and their mean cosine, with its interval over the seeds."""
+    table, norms = [["weights, first → last fifth", *tasks, "pairs in conflict", "their cosine, all pairs"]], []
+
+    def course(seen, what, task, digits):
+        ends = (np.median([x["fifths"][what][task][k] for x in seen]) for k in (0, -1))
+        return " → ".join(f"{x:.{digits}}" for x in ends)
+
     for row, found in rows.items():
-        seen = [entry(unit)["conflicts"]["fifths"] for unit in found.values() if "conflicts" in entry(unit)]
-        if any(x["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
-            weights = [f"{np.mean([x['effective'][t][0] for x in seen]):.1f}" for t in tasks]
-            table.append([row, *weights, f"{100 * np.mean([x['rate'] for x in seen]):.1f} %"])
-            norms = norms or [np.mean([x["norms"][t][0] for x in seen]) for t in tasks]
-    said = ", ".join(f"{t} {x:.2g}" for t, x in zip(tasks, norms, strict=False))
-    return table, f"Lengths of the tasks' gradients in the first fifth: {said}." if norms else ""
+        seen = [entry(unit)["conflicts"] for unit in found.values() if "conflicts" in entry(unit)]
+        if any(x["fifths"]["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
+            weights = [course(seen, "effective", t, "1f") for t in tasks]
+            rate = f"{100 * np.mean([x['rate'] for x in seen]):.1f} %"
+            table.append([row, *weights, rate, signed(interval([x["cosine"] for x in seen]), 3)])
+            norms = norms or [course(seen, "norms", t, "2g") for t in tasks]
+    said = ", ".join(f"{t} {x}" for t, x in zip(tasks, norms, strict=False))
+    return table, f"Lengths of the tasks' gradients, first → last fifth: {said}. Medians of seeds." if norms else ""
 
 
 def recovered(rows, tasks, row):
@@ -484,7 +491,7 @@ def contrast_table():
         table.append([*start, signed(interval(x)), *p, words, f"{detectable(x):.1f}"])
     note = (
         "Intervals are each contrast's own. p: the exact one of signs alone; and the paired t test's after Holm's "
-        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, a quarter more."
+        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, up to 30 % more."
     )
     if not complete:
         note += " A contrast that is not there yet counts as p = 1: what is shown stays shown, what is not may yet be."
