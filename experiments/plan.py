@@ -182,7 +182,11 @@ CONTRADICTION_CELLS = {
     ),
     "p = 1": Cell(
         f"{CONTRADICTION} --lr {CONTRADICTION_RATE:g}",
-        THREE | SHUFFLED | {"ortho, agree": SHAMS["ortho, agree"]} | JOINT_BALANCED,
+        THREE
+        | SHUFFLED
+        | {"ortho, agree": SHAMS["ortho, agree"]}
+        | JOINT_BALANCED
+        | {"single, 2000 steps": f"{METHODS['single']} --steps 2000"},  # of each text as many as joint reads
         range(8),
         "flipped 1",
     ),
