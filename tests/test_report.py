@@ -139,6 +139,30 @@ def test_what_is_forgotten_is_shown_by_task():
     assert f"| lori-s | +12.0 [-0.7, +24.7] | {report.signed(report.interval([-28, -25]), 1)} |" in apart
 
 
+def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
+    """Of two tasks: conflict in one seed, agreement in the other; in the third a gradient is not there."""
+
+    def of(cosine, error, signal, A, B):
+        square = lambda x: [[1.0, x], [x, 1.0]]  # noqa: E731
+        point = {"rate": 0.5, "A and B": {"signal": [9.0, signal], "cosine": square(cosine), "error": square(error)}}
+        point["A and B"]["snr"] = [0.1, 0.2]
+        point |= {f: {"signal": [5.0, signal], "cosine": square(x)} for f, x in (("A", A), ("B", B))}
+        return point | {"A less B": {"cosine": square(A - B), "error": square(0.1)}}
+
+    points = [of(-0.5, 0.1, 4.0, -0.7, -0.4), of(0.6, 0.2, 4.0, 0.3, 0.2), of(0.9, 0.1, 2.9, 0.9, 0.9)]
+    rows = {
+        "rank 8": {
+            seed: {"tasks": ["sst2", "mrpc"], "results": {"joint": {"points": {"25": x}}}}
+            for seed, x in enumerate(points)
+        }
+    }
+    _, table, ranks, signal, _ = map(flat, report.premise_text("one", rows))
+    assert "| sst2-mrpc | -0.50 ± 0.10; +0.60 ± 0.20; — |" in table
+    # sizes: (0.7 + 0.3) / 2 and (0.4 + 0.2) / 2; A less B is -0.3 and 0.1, of error 0.1
+    assert "| rank 8 | 25 | 2 of 3 | 1 | 1 | 0.50 | 0.30 | 1 of 2 | 50.0 % |" in ranks
+    assert "| rank 8, after 25 | 0.100 ± 0.000 | 0.200 ± 0.000 |" in signal
+
+
 def test_a_search_marks_the_best_rate():
     rows = {"single at 0.001": {0: unit(0, 60, 80)}, "single at 0.01": {0: unit(0, 70, 70)}}
     table = report.search_table(rows)
