@@ -78,13 +78,6 @@ def linear(x, W, sizes=None):
 FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
 
 
-def replace_module(module, path, new):
-    if not path:
-        raise ValueError("the model is the LoRA layer itself, with nothing around it to put another into")
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, new)
-
-
 def matching(module, linear, target):
     """The paths in `linear` that `target` means, as peft has it: the whole path, its end from a dot on, all-linear."""
     if target != "all-linear":
@@ -127,7 +120,7 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
     new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
     module.requires_grad_(False)
     for path, layer in new.items():
-        replace_module(module, path, layer)
+        module.set_submodule(path, layer)
     return new
 
 
@@ -147,6 +140,8 @@ def blocks(model, unit="tensor", factors="AB"):
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
+    if renamed := {"role": "factor", "joint": "all"}.get(unit):
+        raise ValueError(f"unit {unit!r} is now {renamed!r}")
     if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
         raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]
@@ -189,9 +184,12 @@ def per_task(model, sizes):
 
 
 def merge_lora(model):
-    """Replace every `LoRALinear` in `model` by its `merged()` layer, in place (copy the model first to keep it)."""
+    """Replace every `LoRALinear` in `model` by its `merged()` layer, in place (copy the model first to keep it).
+
+    Raises ValueError where the model is such a layer itself, with nothing around it: take its `merged()`.
+    """
     for path, layer in lora_layers(model).items():
-        replace_module(model, path, layer.merged())
+        model.set_submodule(path, layer.merged())
     return model
 
 

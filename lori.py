@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lora import LoRALinear, lora_layers, replace_module
+from lora import LoRALinear, lora_layers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRI-D: a frozen random A
@@ -219,8 +219,8 @@ def insert(model, adapter):
         raise ValueError(f"adapter of other targets: it has nothing for the LoRA layer {stray[0]}")
     for path, (A, B, _) in adapter.items():
         old = modules.get(path)
-        if not isinstance(old, (LoRALinear, nn.Linear)):
-            raise ValueError(f"adapter of another model: {path} is no linear layer here")
+        if not path or not isinstance(old, (LoRALinear, nn.Linear)):
+            raise ValueError(f"adapter of another model: {path or 'the model itself'} is no linear layer in it")
         if parametrize.is_parametrized(old):
             raise ValueError(f"insert: {path} is under MaskedB; remove() that first")
         base = old.base if isinstance(old, LoRALinear) else old
@@ -237,7 +237,7 @@ def insert(model, adapter):
         if isinstance(old, LoRALinear):
             layer.A.requires_grad_(old.A.requires_grad)
             layer.B.requires_grad_(old.B.requires_grad)
-        replace_module(model, path, layer)
+        model.set_submodule(path, layer)
     return new
 
 

@@ -24,6 +24,9 @@ def parse(argv):
     for flag in ("--methods", "--merge-weights", "--out"):
         parser.add_argument(flag, default="")
     own, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(__doc__)
+        train.parse(["--help"])
     own.methods = train.listed(own.methods, "methods", known=train.METHODS)
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
     if not all(0 < weight <= 1e3 for weight in own.merge_weights):

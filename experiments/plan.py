@@ -171,17 +171,14 @@ SCALES_CELLS = {
 # contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
 
 CONTRADICTION = "--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16"
-CONTRADICTION_RATE = 2e-3
+CONTRADICTION_AT_RATE = f"{CONTRADICTION} --lr 0.002"
 SHUFFLED = {"ortho, shuffled": SHAMS["ortho, shuffled"]}
-# What is judged wants single ten points above the majority class on both tasks. Pilots with MRPC in STS-B's place, and
-# rows that the tasks did not share, fell short on B: at chance where a part of the questions is turned, 7 points above
-# where all are, after 1,000 steps, and 3 after 2,000, overfitted.
+# What is judged wants single ten points of accuracy above the majority class on both tasks. Pilots with MRPC in STS-B's
+# place, and rows that the tasks did not share, fell short of that on B.
 CONTRADICTION_CELLS = {
-    "pilot, p = 1": Cell(
-        f"{CONTRADICTION} --lr {CONTRADICTION_RATE:g}", {"single": METHODS["single"]}, range(1000, 1002), "flipped 1"
-    ),
+    "pilot, p = 1": Cell(CONTRADICTION_AT_RATE, {"single": METHODS["single"]}, range(1000, 1002), "flipped 1"),
     "p = 1": Cell(
-        f"{CONTRADICTION} --lr {CONTRADICTION_RATE:g}",
+        CONTRADICTION_AT_RATE,
         THREE
         | SHUFFLED
         | {"ortho, agree": SHAMS["ortho, agree"]}
@@ -191,7 +188,7 @@ CONTRADICTION_CELLS = {
         "flipped 1",
     ),
     # what ortho and the sham do where nothing contradicts
-    "p = 0": Cell(f"{CONTRADICTION} --lr {CONTRADICTION_RATE:g}", TWO | SHUFFLED, range(4), "flipped 0"),
+    "p = 0": Cell(CONTRADICTION_AT_RATE, TWO | SHUFFLED, range(4), "flipped 0"),
     "search, p = 1": Cell(f"{CONTRADICTION} --holdout 500", at((1e-3, 2e-3, 4e-3), **THREE), SEARCH, "flipped 1"),
 }
 

@@ -89,10 +89,10 @@ def main(argv=None):
     controls.Settings = Settings  # so that settings.json binds the flag
     try:
         if attempt:
-            if not given.methods or "," in given.methods + given.seeds:
-                raise BadInput(f"--attempt {attempt} remembers a step: give one method and one seed")
-            if given.methods not in ("joint", "pcgrad", "ortho"):
-                raise BadInput(f"--attempt {attempt} with --methods {given.methods}: joint, pcgrad or ortho")
+            if given.methods not in ("joint", "pcgrad", "ortho") or "," in given.seeds:
+                raise BadInput(
+                    f"--attempt {attempt} remembers a step: one method of joint, pcgrad, ortho, and one seed"
+                )
             if any(word.partition("=")[0] in ("--balance", "--clip", "--save-every") for word in rest):
                 raise BadInput("--attempt stands in the place of --balance, and sets --clip and --save-every itself")
             clip = "0" if attempt == "steps" else "1"

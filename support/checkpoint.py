@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lora import LoRALinear, lora_layers, peft_adapter, replace_module
+from lora import LoRALinear, lora_layers, peft_adapter
 
 
 class BadInput(ValueError):
@@ -455,7 +455,7 @@ def load_adapter(model, folder, task=None):
         found = factors.pop(path)
         layer.A.data.copy_(found["A"])
         layer.B.data.copy_(found["B"])
-        replace_module(model.encoder, path, layer)
+        model.encoder.set_submodule(path, layer)
     return lora_layers(model.encoder)
 
 

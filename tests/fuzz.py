@@ -39,7 +39,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from glue import encode, load_tokenizer  # noqa: E402
-from lora import add_lora, replace_module  # noqa: E402
+from lora import add_lora  # noqa: E402
 from model import FAMILIES, Config, Encoder, MultiTaskModel, load_encoder  # noqa: E402
 from support.checkpoint import (  # noqa: E402
     DTYPES,
@@ -258,7 +258,7 @@ def adapter(folder, model):
         raise
     tensors = read_safetensors(folder / ADAPTER)
     for path, layer in layers.items():
-        replace_module(model.encoder, path, layer.base)
+        model.encoder.set_submodule(path, layer.base)
         stem = f"base_model.model.{model.encoder.config.prefix}{path}.lora_"
         for x, name in (layer.A, f"{stem}A.weight"), (layer.B, f"{stem}B.weight"):
             torch.testing.assert_close(x.data, tensors[name].float(), rtol=0, atol=0, equal_nan=True)

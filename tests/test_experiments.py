@@ -371,11 +371,8 @@ def test_a_try_moves_the_adapter_by_the_projected_steps(tmp_path, flags, capsys)
     assert json.loads((tmp_path / "steps/settings.json").read_text())["settings"]["attempt"] == "steps"
     assert not tries.main([*one, "--attempt=running", f"--out={tmp_path / 'running'}"])
     assert train.balance is tries.balance and train.make_optimizer is tries.make_optimizer
-    refused = {
-        "--balance": "in the place of",
-        "--seeds=0,1": "one method and one seed",
-        "--methods=single": "joint, pcg",
-    }
+    one_of = "one method of joint, pcgrad, ortho, and one seed"
+    refused = {"--balance": "in the place of", "--seeds=0,1": one_of, "--methods=single": one_of, "--methods=": one_of}
     for more, words in refused.items():
         assert tries.main([*one, "--attempt=steps", more, f"--out={tmp_path / 'no'}"]) == 2
         assert words in capsys.readouterr().err and not (tmp_path / "no").exists()
@@ -403,6 +400,13 @@ def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tm
     assert logs and all("trained" in path.parts for path in logs)
     assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2", "--resume"])
     assert [path.stat().st_mtime_ns for path in logs] == before
+
+
+def test_mergings_help_says_what_it_is(capsys):
+    with pytest.raises(SystemExit) as end:
+        merging.main(["--help"])
+    said = capsys.readouterr().out
+    assert not end.value.code and said.startswith("A method's adapters") and "--merge-weights" in said
 
 
 @pytest.mark.parametrize(

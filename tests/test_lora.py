@@ -22,7 +22,6 @@ from lora import (
     merge_lora,
     peft_adapter,
     per_task,
-    replace_module,
 )
 from model import Encoder, read_config
 from ortholora import OrthoLoRA
@@ -277,7 +276,7 @@ def test_same_factors_same_logits_as_peft(family, rslora):
     assert (expected - start).abs().max() > 1e-2  # the adapter does something
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
-    with pytest.raises(ValueError, match="the LoRA layer itself"):  # where there is no place to put the merged one
+    with pytest.raises(ValueError, match="without a target name"):  # where there is no place to put the merged one
         merge_lora(next(iter(lora_layers(model).values())))
     merged = merge_lora(copy.deepcopy(model))
     assert not lora_layers(merged) and lora_layers(model).keys() == layers.keys()
@@ -334,9 +333,9 @@ def test_twice_is_an_error():
 def test_replace_module():
     model = nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU())
     new = nn.Tanh()
-    replace_module(model, "0.0", new)
+    model.set_submodule("0.0", new)
     assert model[0][0] is new
-    replace_module(model, "1", new)
+    model.set_submodule("1", new)
     assert model[1] is new
 
 
@@ -380,7 +379,8 @@ def test_blocks():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["role"], "unit 'role', factors 'AB': tensor, factor or all"),
+        (["role"], "unit 'role' is now 'factor'"),
+        (["joint"], "unit 'joint' is now 'all'"),
         (["layer"], "'layer'"),
         (["tensor", "C"], "'C'"),
         (["all", ""], "''"),
@@ -545,7 +545,7 @@ def test_ranks_and_alphas_by_layer(rslora, tmp_path):
     model, logits = task_model("llama")
     base = copy.deepcopy(model)
     for i, (path, layer) in enumerate(add_lora(model, ["q_proj", "down_proj"], r=4, alpha=8).items()):
-        replace_module(model, path, LoRALinear(layer.base, (4, 2, 4, 6)[i], (8, 8, 3, 5)[i], rslora=rslora))
+        model.set_submodule(path, LoRALinear(layer.base, (4, 2, 4, 6)[i], (8, 8, 3, 5)[i], rslora=rslora))
     randomize(lora_layers(model))
     tensors, config = peft_adapter(model)
     paths = list(lora_layers(model))
@@ -594,7 +594,7 @@ def test_peft_adapter_refuses():
     path, layer = next(iter(add_lora(model).items()))
     with pytest.raises(ValueError, match="'model' must end in a dot"):
         peft_adapter(model.model, "model")
-    replace_module(model, path, LoRALinear(layer.base, 8, 16, rslora=True))
+    model.set_submodule(path, LoRALinear(layer.base, 8, 16, rslora=True))
     with pytest.raises(ValueError, match="some with rslora and some without"):
         peft_adapter(model)
 

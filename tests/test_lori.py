@@ -536,7 +536,9 @@ def test_insert_refuses():
     plain = nn.ModuleDict({"a": nn.Linear(10, 14), "b": nn.Linear(3, 3)})
     says("for b, whose weight is (3, 3)", insert, plain, {"a": (A, B, scale), "b": (A, B, scale)})
     assert plain["a"].weight.requires_grad  # nothing was frozen
-    says("the LoRA layer itself", insert, LoRALinear(nn.Linear(10, 14), 2, 4), {"": (A, B, scale)})
+    for itself in (nn.Linear(10, 14), LoRALinear(nn.Linear(10, 14), 2, 4)):
+        says("the model itself is no linear layer in it", insert, itself, {"": (A, B, scale)})
+        assert all(p.requires_grad for name, p in itself.named_parameters() if "base" not in name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
