@@ -3,7 +3,7 @@
     python experiments/merging.py --methods lori-d,lori-d-merged --merge-weights 0.25,0.5,1 --out OUT …
 
 The other flags are train.py's, and so are the runs: OUT/trained has the adapters, OUT/0.25, OUT/0.5, … their merges.
-OUT/results.json has the scores of all merges, by names such as "lori-d-merged at 0.25".
+OUT/results.json has the scores of the adapters, and of all merges by names such as "lori-d-merged at 0.25".
 """
 
 import argparse
@@ -62,8 +62,9 @@ def main(argv=None):
         found = [merge_at(weight, trained, own, rest) for weight in own.merge_weights]
         if None in found:
             return 2
-        merged = {name: scores for x in found for name, scores in x["methods"].items()}
-        write_text(Path(own.out) / "results.json", json.dumps(found[0] | {"methods": merged}, indent=1) + "\n")
+        methods = read_json(Path(own.out) / "trained" / "results.json")["methods"]
+        methods |= {name: scores for x in found for name, scores in x["methods"].items()}
+        write_text(Path(own.out) / "results.json", json.dumps(found[0] | {"methods": methods}, indent=1) + "\n")
     except (BadInput, OSError) as e:
         print(f"merging.py: {e}", file=sys.stderr)
         return 2

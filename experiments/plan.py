@@ -215,26 +215,22 @@ def merged(method):
 
 
 ORDERS = ("sst2,mrpc,stsb,qnli", "qnli,stsb,mrpc,sst2")
+LORI_SEARCH = f"{LORI_STEPS} --holdout 300 --merge-weights 0.25,0.5,1"  # of each rate, alone and merged
 LORI_CELLS = {
-    "search, rates": Cell(
-        f"{LORI_STEPS} --holdout 300",
-        at(LORI_RATES["single"], single="--methods single --own-a")
-        | at(LORI_RATES["lori-d"], **{"lori-d": "--methods lori-d"}),
+    "search, rates and merge weights": Cell(
+        LORI_SEARCH,
+        at(LORI_RATES["single"], single="--methods single,lora-merged --own-a")
+        | at(LORI_RATES["lori-d"], **{"lori-d": "--methods lori-d,lori-d-merged"}),
         SEARCH,
-        script="train.py",
+        script="experiments/merging.py",
     ),
-    "search, sparse rates": Cell(
-        f"{LORI_STEPS} --holdout 300",
+    "search, sparse rates and merge weights": Cell(
+        LORI_SEARCH,
         {
-            f"lori-s at {rate:g}": f"--methods lori-d,lori-s --lr {LORI_RATE['lori-d']:g} --sparse-lr {rate:g}"
+            f"lori-s at {rate:g}": f"--methods lori-d,lori-s,lori-s-merged --lr {LORI_RATE['lori-d']:g} "
+            f"--sparse-lr {rate:g}"
             for rate in LORI_RATES["lori-s"]
         },
-        SEARCH,
-        script="train.py",
-    ),
-    "search, merge weights": Cell(
-        f"{LORI_STEPS} --holdout 300",
-        {MERGED[m]: f"{merged(m)} --merge-weights 0.25,0.5,1" for m in MERGED},
         SEARCH,
         script="experiments/merging.py",
     ),

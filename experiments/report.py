@@ -318,19 +318,34 @@ def pair_at(point, space, i, j):
 
 def rank_row(points, pairs):
     """Of one rank after so many steps, over all seeds' pairs: how many are there, conflict, agree; A against B."""
-    both = [x for point in points for pair in pairs if (x := pair_at(point, "A and B", *pair))]
+    there = [[x for pair in pairs if (x := pair_at(point, "A and B", *pair))] for point in points]
+    z = [np.array([cosine / error for cosine, error in found]) for found in there]
+    counts = [[int((x < -2).sum()) for x in z], [int((x > 2).sum()) for x in z]]
     apart = [(point, pair) for point in points for pair in pairs if pair_at(point, "A less B", *pair)]
-    z = np.array([cosine / error for cosine, error in both])
-    size = [np.mean([abs(point[x]["cosine"][i][j]) for point, (i, j) in apart]) if apart else None for x in "AB"]
     differ = [abs(c) > 2 * e for c, e in (pair_at(point, "A less B", *pair) for point, pair in apart)]
+    A, B = (np.array([pair_at(point, x, *pair) for point, pair in apart]).reshape(-1, 2).T for x in "AB")
+    larger = int((np.array(differ, bool) & (abs(A[0]) > abs(B[0]))).sum())
+    opposite = int(((A[0] * B[0] < 0) & (abs(A[0]) > 2 * A[1]) & (abs(B[0]) > 2 * B[1])).sum())
+    rates = [100 * point["rate"] for point in points]
     return [
-        f"{len(both)} of {len(points) * len(pairs)}",
-        f"{(z < -2).sum()}",
-        f"{(z > 2).sum()}",
-        *("" if x is None else f"{x:.2f}" for x in size),
-        f"{sum(differ)} of {len(differ)}",
-        f"{100 * np.mean([point['rate'] for point in points]):.1f} %",
+        f"{sum(map(len, there))} of {len(points) * len(pairs)}",
+        *(f"{sum(found)}: {', '.join(map(str, found))}" for found in counts),
+        *(f"{abs(x[0]).mean():.2f}" if len(apart) else "" for x in (A, B)),
+        f"{sum(differ)} of {len(differ)}; {larger}",
+        f"{opposite}",
+        f"{min(rates):.1f} to {max(rates):.1f} %",
     ]
+
+
+def unseen(points, pairs):
+    """(pairs that are not there but have an error, those of them that are more than 2 errors from 0)."""
+    found = [
+        abs(point["A and B"]["cosine"][i][j]) > 2 * point["A and B"]["error"][i][j]
+        for point in points
+        for i, j in pairs
+        if point["A and B"]["error"][i][j] and not pair_at(point, "A and B", i, j)
+    ]
+    return len(found), sum(found)
 
 
 def premise_text(name, rows):
@@ -344,28 +359,44 @@ def premise_text(name, rows):
         cells = ("; ".join(f"{x[0]:+.2f} ± {x[1]:.2f}" if x else "—" for x in found) for found in at)
         table.append([f"{tasks[i]}-{tasks[j]}", *cells])
     signal = [["the signal's share of a batch", *tasks]]
-    ranks = [["rank", "after", "pairs there", "in conflict", "agree", "size in A", "in B", "A is not B"]]
-    ranks[0].append("conflicts by batch")
+    ranks = [["rank", "after", "pairs there", "in conflict", "agree", "size in A", "in B", "A is not B; larger"]]
+    ranks[0] += ["opposite", "conflicts by batch"]
     for row, seeds in points.items():
         for step in steps:
             at = [seed[step] for seed in seeds]
             snr = np.array([point["A and B"]["snr"] for point in at], float)
             signal.append([f"{row}, after {step}", *(mean_and_spread(list(snr[:, t]), 3) for t in range(len(tasks)))])
             ranks.append([row, step, *rank_row(at, pairs)])
+    hidden, clear = np.sum([unseen(list(x.values()), pairs) for seeds in points.values() for x in seeds], 0)
     note = (
         f"A pair is there where both tasks' mean gradients are more than {CLEAR} jackknife errors from zero (else a "
-        "dash); cosines ± their jackknife error. In conflict, agree: by more than 2 errors, which noise alone does in "
-        "9 of 100 (Student's t, 8 groups). Size: mean |cosine| in A and in B alone, of pairs that are there in both; "
-        "A is not B: of these, those whose cosines differ by more than 2 errors. The signal's share: |mean gradient|² "
-        "over the mean square of one batch's gradient, A and B together."
+        f"dash, which is no zero: of {hidden} such pairs with an error, {clear} are more than 2 errors from it); "
+        "cosines ± their jackknife error, over batches at that point. In conflict, agree: by more than 2 errors, which "
+        "noise alone does in 4 of 100 each (Student's t, 8 groups); all, and seed by seed. Size: mean |cosine| in A "
+        "and in B alone, of pairs that are there in both; A is not B: of these, those whose cosines differ by more "
+        "than 2 errors, and how many of them are larger in A; opposite: with opposite signs in A and in B, both by "
+        "more than 2 errors. By batch: of pairs and factors, seeds from least to most. The signal's share: |mean "
+        "gradient|² over the mean square of one batch's gradient, A and B together."
     )
     return [f"### {name}", *(markdown(x) for x in (table, ranks, signal)), note]
 
 
+def trained_and_merged(rows):
+    """merging.py's rows, "METHOD at RATE" -> the same of what was trained alone, {"MERGED of RATE at WEIGHT": …}."""
+    trained, merges = {}, {}
+    for row, found in rows.items():
+        method, rate = row.split(" at ")
+        for name, units in by_method({row: found}).items():
+            if " at " in name:
+                merges[name.replace(" at ", f" of {rate} at ")] = units
+            elif name == method:
+                trained[row] = units
+    return trained, merges
+
+
 def search_table(rows):
     """What rates, or weights, were chosen by: means over the seeds, on rows held out."""
-    grid, many = {}, not re.search(" at |, weight ", next(iter(rows)))
-    rows = by_method(rows) if many else rows  # merging.py's units have a row for each weight
+    grid = {}
     for row, found in rows.items():
         method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
         tasks = list(entry(next(iter(found.values())))["tasks"])
@@ -428,7 +459,9 @@ def experiment_table(folder):
         parts += ["### Across cells", markdown(difference_table("", across, tasks))]
     for name, rows in cells.items():
         if name.startswith("search"):
-            parts += [f"### {name}", markdown(search_table(rows))]
+            merging = EXPERIMENTS[folder.name][1][name].script == "experiments/merging.py"
+            tables = trained_and_merged(rows) if merging else [rows]
+            parts += [f"### {name}", *(markdown(search_table(found)) for found in tables)]
     return "\n\n".join([*parts, origin(folder.name, cells)]) + "\n"
 
 

@@ -388,8 +388,8 @@ def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tm
     assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2"])
     found = json.loads((tmp_path / "out/results.json").read_text())["methods"]
     plain = json.loads((tmp_path / "plain/results.json").read_text())["methods"]
-    assert list(found) == ["lora-merged at 0.5", "lora-merged at 2"]
-    assert found["lora-merged at 0.5"] == plain["lora-merged"]
+    assert list(found) == ["single", "lora-merged at 0.5", "lora-merged at 2"]
+    assert found["single"] == plain["single"] and found["lora-merged at 0.5"] == plain["lora-merged"]
     adapters = [
         {path.parent.name: path.read_bytes() for path in out.glob("lora-merged/seed0/*/adapter_model.safetensors")}
         for out in (tmp_path / "plain", tmp_path / "out/0.5", tmp_path / "out/2")

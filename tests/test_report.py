@@ -146,7 +146,8 @@ def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
         square = lambda x: [[1.0, x], [x, 1.0]]  # noqa: E731
         point = {"rate": 0.5, "A and B": {"signal": [9.0, signal], "cosine": square(cosine), "error": square(error)}}
         point["A and B"]["snr"] = [0.1, 0.2]
-        point |= {f: {"signal": [5.0, signal], "cosine": square(x)} for f, x in (("A", A), ("B", B))}
+        alone = {"signal": [5.0, signal], "error": square(0.1)}
+        point |= {f: alone | {"cosine": square(x)} for f, x in (("A", A), ("B", B))}
         return point | {"A less B": {"cosine": square(A - B), "error": square(0.1)}}
 
     points = [of(-0.5, 0.1, 4.0, -0.7, -0.4), of(0.6, 0.2, 4.0, 0.3, 0.2), of(0.9, 0.1, 2.9, 0.9, 0.9)]
@@ -156,11 +157,12 @@ def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
             for seed, x in enumerate(points)
         }
     }
-    _, table, ranks, signal, _ = map(flat, report.premise_text("one", rows))
+    _, table, ranks, signal, note = map(flat, report.premise_text("one", rows))
     assert "| sst2-mrpc | -0.50 ± 0.10; +0.60 ± 0.20; — |" in table
     # sizes: (0.7 + 0.3) / 2 and (0.4 + 0.2) / 2; A less B is -0.3 and 0.1, of error 0.1
-    assert "| rank 8 | 25 | 2 of 3 | 1 | 1 | 0.50 | 0.30 | 1 of 2 | 50.0 % |" in ranks
+    assert "| rank 8 | 25 | 2 of 3 | 1: 1, 0, 0 | 1: 0, 1, 0 | 0.50 | 0.30 | 1 of 2; 1 | 0 | 50.0 to 50.0 % |" in ranks
     assert "| rank 8, after 25 | 0.100 ± 0.000 | 0.200 ± 0.000 |" in signal
+    assert "of 1 such pairs with an error, 1 are more than 2 errors from it" in note  # 0.9 ± 0.1, of a signal of 2.9
 
 
 def test_a_search_marks_the_best_rate():
@@ -172,9 +174,23 @@ def test_a_search_marks_the_best_rate():
         ["single", "mrpc", "**80.0**", "70.0"],
         ["single", "average", "**70.0**", "70.0"],
     ]
-    of = {f"lora-merged at {w}": unit(0, x, 80)["results"]["joint"] for w, x in (("0.5", 60), ("1", 64))}
-    table = report.search_table({"lora-merged": {0: unit(0, 0, 0) | {"results": of}}})  # merging.py's
-    assert table == [["held out", "score", "0.5", "1"], ["lora-merged", "average", "70.0", "**72.0**"]]
+
+
+def test_merges_are_searched_by_the_rate_of_what_they_are_made_of():
+    names = "lori-s-merged at 0.5", "lori-s-merged at 1"
+
+    def of(alone, *merged):
+        scores = {"lori-d": 0, "lori-s": alone} | dict(zip(names, merged, strict=True))
+        return {0: unit(0, 0, 0) | {"results": {m: unit(0, x, 80)["results"]["joint"] for m, x in scores.items()}}}
+
+    rows = {"lori-s at 0.001": of(70, 60, 64), "lori-s at 0.01": of(72, 68, 66)}
+    trained, merges = map(report.search_table, report.trained_and_merged(rows))
+    assert trained == [["held out", "score", "0.001", "0.01"], ["lori-s", "average", "75.0", "**76.0**"]]
+    assert merges == [
+        ["held out", "score", "0.5", "1"],
+        ["lori-s-merged of 0.001", "average", "70.0", "**72.0**"],
+        ["lori-s-merged of 0.01", "average", "**74.0**", "73.0"],
+    ]
 
 
 def test_a_contrast_is_shown_only_by_holm_and_only_when_it_is_whole(tmp_path, monkeypatch):
