@@ -30,7 +30,7 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from plan import ACROSS, CONTRASTS, EXPERIMENTS  # noqa: E402
+from plan import ACROSS, CONTRASTS, EXPERIMENTS, SINGLE_OF  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
 from train import METHODS  # noqa: E402
@@ -94,6 +94,7 @@ def source(r):
 # Units: the files of reproduce.py, and what they say together
 
 
+ENOUGH = 3  # seeds that a cell's tables are shown from
 A_AND_B = {"mrpc": "A", "qqp": "B"}  # what flipped.py makes is not GLUE, and its tasks are not called so
 
 
@@ -239,6 +240,13 @@ def recovered(rows, tasks, row):
     return "; ".join(parts)
 
 
+def shares(rows, tasks):
+    """What each row brings back of the gap that rows' single and joint make, as a list, if they have seeds enough."""
+    pairs = len(differences(values(rows["single"]), values(rows["joint"])))
+    rest = [row for row in rows if row not in ("single", "joint") and min(pairs, len(rows[row])) >= ENOUGH]
+    return ["\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest)] * bool(rest)
+
+
 def cell_text(name, rows):
     """A cell as its tables, under a heading."""
     tasks = list(entry(next(iter(next(iter(rows.values())).values())))["tasks"])
@@ -250,9 +258,8 @@ def cell_text(name, rows):
         shams = {row: found for row, found in rows.items() if row.startswith("ortho")}
         if len(shams) > 1 and "ortho" in shams:
             parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks, ninety=True)))
-        if "single" in rows and len(differences(values(rows["single"]), values(rows["joint"]))) > 2:
-            rest = [row for row in rows if row not in ("single", "joint") and len(rows[row]) > 2]
-            parts.append("\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest))
+        if "single" in rows:
+            parts += shares(rows, tasks)
     table, norms = weight_table(rows, tasks)
     if norms:
         parts += [markdown(table), norms]
@@ -428,9 +435,6 @@ def origin(name, cells):
     )
 
 
-ENOUGH = 3  # seeds that a cell's tables are shown from
-
-
 def experiment_table(folder):
     """The text of results.md for an experiment's units: its cells, then what rates and weights were chosen by."""
     cells, parts = units_of(folder), []
@@ -457,6 +461,11 @@ def experiment_table(folder):
     if across:
         tasks = list(entry(next(iter(across[0][1].values())))["tasks"])
         parts += ["### Across cells", markdown(difference_table("", across, tasks))]
+    for name, other in SINGLE_OF.get(folder.name, {}).items():
+        single = cells.get(other, {}).get("single")
+        if single and len(cells.get(name, {}).get("joint", ())) >= ENOUGH:
+            found = shares({"single": single} | cells[name], list(entry(next(iter(single.values())))["tasks"]))
+            parts += [f"{name}, by the `single` of {other}:", *found] if found else []
     for name, rows in cells.items():
         if name.startswith("search"):
             merging = EXPERIMENTS[folder.name][1][name].script == "experiments/merging.py"

@@ -228,6 +228,28 @@ def test_a_cell_that_is_half_there_does_not_stop_the_report(script, tmp_path, mo
     assert ("71.0 ± 1.0" in text) == ("controls" in script)
 
 
+def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch):
+    """sst2: joint 60, ortho 66 to 68, single 80 in the other cell, so 5 to 9 of 20 points: 35 %."""
+    cells = {
+        "W = 10": plan.Cell("", {"joint": "", "ortho": ""}, range(3)),
+        "W = 1": plan.Cell("", {"single": ""}, range(3)),
+    }
+    monkeypatch.setattr(report, "EXPERIMENTS", {"x": ("", cells)})
+    monkeypatch.setattr(report, "SINGLE_OF", {"x": {"W = 10": "W = 1"}})
+    (tmp_path / "x" / "units").mkdir(parents=True)
+    about = dict.fromkeys(("hardware", "processor", "torch", "commit", "date"), "") | {"seconds": 1.0}
+    scores = {"joint": (60, 60, 60), "ortho": (65, 69, 67), "single": (80, 80, 80)}
+    for row, of_seeds in scores.items():
+        for seed, x in enumerate(of_seeds):
+            found = unit(seed, x, 80) | about | {"row": row, "cell": "W = 1" if row == "single" else "W = 10"}
+            (tmp_path / "x" / "units" / f"{row}{seed}.json").write_text(json.dumps(found))
+    text = report.experiment_table(tmp_path / "x")
+    mean, low, high = 5 * np.array(report.interval([5, 9, 7]))
+    assert (
+        f"W = 1:\n\n- Share of the gap, `ortho`: of the average {mean:.0f} % [{low:.0f}, {high:.0f}]; of sst2" in text
+    )
+
+
 def test_a_construction_is_not_called_by_the_names_of_glue(tmp_path, monkeypatch):
     cell = plan.Cell("", {"joint": ""}, range(1))
     monkeypatch.setattr(report, "EXPERIMENTS", {"x": ("", {"one": cell})})
