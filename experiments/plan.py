@@ -286,10 +286,23 @@ ACROSS = {
             "single at 0.004, less joint at 0.008",
             ("p = 0.5, 1600 steps, lr 0.004", "single"),
             ("p = 0.5, 1600 steps, lr 0.008", "joint"),
-        )
+        ),
+        (
+            "joint, weight 5, less ortho, both at 0.008",
+            ("p = 0.5, 1600 steps, lr 0.008", "joint, weight 5"),
+            ("p = 0.5, 1600 steps, lr 0.008", "ortho"),
+        ),
     ],
     "scales": [
-        ("ortho at W = 10, less joint at W = 1", ("W = 10, 400 steps", "ortho"), ("W = 1, 400 steps", "joint")),
         ("single, less joint at W = 10", ("W = 1, 400 steps", "single"), ("W = 10, 400 steps", "joint")),
+        *(
+            (f"{said}, less ortho at W = 10", (f"W = {w}, 400 steps", row), ("W = 10, 400 steps", "ortho"))
+            for said, w, row in (
+                ("joint, weight 5", 10, "joint, weight 5"),
+                ("joint, weight 2", 10, "joint, weight 2"),
+                ("joint at W = 1", 1, "joint"),
+                ("joint, balanced", 1, "joint, balanced"),  # which W doesn't change
+            )
+        ),
     ],
 }
