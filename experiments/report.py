@@ -657,7 +657,8 @@ def draw(results):
     if any(len(x) == wanted for x, wanted in map(pairs_of, CONTRASTS)):
         made["contrasts"] = results["contrasts"], figure_contrasts(plt)
     for name, (cells, tasks) in DIFFERENCES.items():
-        there = {cell: rows for cell, rows in units_of(RESULTS / name).items() if cell in cells}
+        units = units_of(RESULTS / name)
+        there = {cell: units[cell] | beside(cell, units) for cell in cells if cell in units}
         if there and all(len(rows.get("joint", ())) >= ENOUGH for rows in there.values()):
             made[name] = results[name], figure_differences(plt, there, tasks)
     return made
@@ -668,6 +669,13 @@ DIFFERENCES = {
     "toy": (("p = 0.5, 400 steps, lr 0.008", "p = 0.5, 1600 steps, lr 0.008"), ("", "sst2")),
     "scales": (("W = 10, 400 steps", "W = 10, 1500 steps"), ("", "sst2", "stsb")),
 }
+
+
+def beside(cell, units):
+    """{name: found}: of a cell at W = 10, rows of that at W = 1, where they have seeds enough."""
+    rows = units.get(cell.replace("W = 10", "W = 1"), {}) if cell.startswith("W = 10") else {}
+    named = {"joint, balanced": "joint, balanced", "joint": "joint at W = 1", "single": "single"}
+    return {said: rows[row] for row, said in named.items() if len(rows.get(row, ())) >= ENOUGH}
 
 
 BLUE, RED = "#2b6cb0", "#c53030"
