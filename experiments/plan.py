@@ -276,9 +276,6 @@ EXPERIMENTS = {
     "glue": ("Is there an average gap on GLUE, trained for long?", GLUE_CELLS),
 }
 
-# {experiment: {cell: the cell whose single makes its gap}}: an adapter of a task's own has no scale to lose by
-SINGLE_OF = {"scales": {f"W = 10, {steps} steps": f"W = 1, {steps} steps" for steps in (400, 1500)}}
-
 # {experiment: [(name, (cell, row), less (cell, row))]}: beside the contrasts, and no more than looked at
 ACROSS = {
     "toy": [

@@ -30,7 +30,7 @@ RESULTS = ROOT / "experiments" / "results"
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
-from plan import ACROSS, CONTRASTS, EXPERIMENTS, SINGLE_OF  # noqa: E402
+from plan import ACROSS, CONTRASTS, EXPERIMENTS  # noqa: E402
 
 from support.table import markdown, mean_and_spread  # noqa: E402
 from train import METHODS  # noqa: E402
@@ -435,6 +435,16 @@ def origin(name, cells):
     )
 
 
+def beside(cell, units):
+    """{name: found}: for a cell at W = 10, rows of that at W = 1, where they have seeds enough.
+
+    An adapter of a task's own has no scale to lose by, and balance none to mind.
+    """
+    rows = units.get(cell.replace("W = 10", "W = 1"), {}) if cell.startswith("W = 10") else {}
+    named = {"joint, balanced": "joint, balanced", "joint": "joint at W = 1", "single": "single"}
+    return {said: rows[row] for row, said in named.items() if len(rows.get(row, ())) >= ENOUGH}
+
+
 def experiment_table(folder):
     """The text of results.md for an experiment's units: its cells, then what rates and weights were chosen by."""
     cells, parts = units_of(folder), []
@@ -461,11 +471,11 @@ def experiment_table(folder):
     if across:
         tasks = list(entry(next(iter(across[0][1].values())))["tasks"])
         parts += ["### Across cells", markdown(difference_table("", across, tasks))]
-    for name, other in SINGLE_OF.get(folder.name, {}).items():
-        single = cells.get(other, {}).get("single")
-        if single and len(cells.get(name, {}).get("joint", ())) >= ENOUGH:
-            found = shares({"single": single} | cells[name], list(entry(next(iter(single.values())))["tasks"]))
-            parts += [f"{name}, by the `single` of {other}:", *found] if found else []
+    for name, rows in cells.items():
+        more = beside(name, cells)
+        if "single" in more and len(rows.get("joint", ())) >= ENOUGH:
+            found = shares(rows | more, list(entry(next(iter(rows["joint"].values())))["tasks"]))
+            parts += [f"{name}, with W = 1's `single` for the gap's other end:", *found]
     for name, rows in cells.items():
         if name.startswith("search"):
             merging = EXPERIMENTS[folder.name][1][name].script == "experiments/merging.py"
@@ -669,13 +679,6 @@ DIFFERENCES = {
     "toy": (("p = 0.5, 400 steps, lr 0.008", "p = 0.5, 1600 steps, lr 0.008"), ("", "sst2")),
     "scales": (("W = 10, 400 steps", "W = 10, 1500 steps"), ("", "sst2", "stsb")),
 }
-
-
-def beside(cell, units):
-    """{name: found}: of a cell at W = 10, rows of that at W = 1, where they have seeds enough."""
-    rows = units.get(cell.replace("W = 10", "W = 1"), {}) if cell.startswith("W = 10") else {}
-    named = {"joint, balanced": "joint, balanced", "joint": "joint at W = 1", "single": "single"}
-    return {said: rows[row] for row, said in named.items() if len(rows.get(row, ())) >= ENOUGH}
 
 
 BLUE, RED = "#2b6cb0", "#c53030"
