@@ -298,8 +298,22 @@ ACROSS = {
                 ("joint, weight 5", 10, "joint, weight 5"),
                 ("joint, weight 2", 10, "joint, weight 2"),
                 ("joint at W = 1", 1, "joint"),
-                ("joint, balanced", 1, "joint, balanced"),  # which W doesn't change
+                ("ortho at W = 1", 1, "ortho"),
+                ("joint, balanced, at W = 1", 1, "joint, balanced"),
             )
+        ),
+        *(
+            (
+                f"ortho less joint, both at {rate} and W = 10",
+                ("W = 10, 400 steps, other rates", f"ortho at {rate}"),
+                ("W = 10, 400 steps, other rates", f"joint at {rate}"),
+            )
+            for rate in (0.001, 0.004)
+        ),
+        (
+            "joint at 0.004, less ortho at 0.002, W = 10",
+            ("W = 10, 400 steps, other rates", "joint at 0.004"),
+            ("W = 10, 400 steps", "ortho"),
         ),
     ],
 }

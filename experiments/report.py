@@ -436,12 +436,9 @@ def origin(name, cells):
 
 
 def beside(cell, units):
-    """{name: found}: for a cell at W = 10, rows of that at W = 1, where they have seeds enough.
-
-    An adapter of a task's own has no scale to lose by, and balance none to mind.
-    """
+    """{name: found}: for a cell at W = 10, rows of that at W = 1, where they have seeds enough."""
     rows = units.get(cell.replace("W = 10", "W = 1"), {}) if cell.startswith("W = 10") else {}
-    named = {"joint, balanced": "joint, balanced", "joint": "joint at W = 1", "single": "single"}
+    named = {"single": "single, W = 1", "joint": "joint, W = 1", "joint, balanced": "balanced, W = 1"}
     return {said: rows[row] for row, said in named.items() if len(rows.get(row, ())) >= ENOUGH}
 
 
@@ -473,9 +470,10 @@ def experiment_table(folder):
         parts += ["### Across cells", markdown(difference_table("", across, tasks))]
     for name, rows in cells.items():
         more = beside(name, cells)
-        if "single" in more and len(rows.get("joint", ())) >= ENOUGH:
-            found = shares(rows | more, list(entry(next(iter(rows["joint"].values())))["tasks"]))
-            parts += [f"{name}, with W = 1's `single` for the gap's other end:", *found]
+        single = more.get("single, W = 1")
+        if single and len(rows.get("joint", ())) >= ENOUGH:
+            found = shares({"single": single} | rows, list(entry(next(iter(rows["joint"].values())))["tasks"]))
+            parts += [f"{name}, where the gap's other end is the `single` of W = 1:", *found]
     for name, rows in cells.items():
         if name.startswith("search"):
             merging = EXPERIMENTS[folder.name][1][name].script == "experiments/merging.py"

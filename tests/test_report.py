@@ -245,8 +245,7 @@ def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch)
     text = report.experiment_table(tmp_path / "x")
     mean, low, high = 5 * np.array(report.interval([5, 9, 7]))
     assert (
-        f"other end:\n\n- Share of the gap, `ortho`: of the average {mean:.0f} % [{low:.0f}, {high:.0f}]; of sst2"
-        in text
+        f"W = 1:\n\n- Share of the gap, `ortho`: of the average {mean:.0f} % [{low:.0f}, {high:.0f}]; of sst2" in text
     )
 
 
