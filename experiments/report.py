@@ -718,11 +718,12 @@ def schematic(plt):
 
 def figure_differences(plt, cells, tasks):
     """Rows less joint with 95 % intervals, a panel for each task or the average, a colour for each cell."""
-    names = [row for row in next(iter(cells.values())) if row != "joint"]
+    names = dict.fromkeys(r for rows in cells.values() for r in rows if r != "joint" and len(rows[r]) >= ENOUGH)
     height = 1.3 + 0.34 * len(names)
     figure, axes = plt.subplots(1, len(tasks), figsize=(9, height), sharey=True)
     for axis, task in zip(axes, tasks, strict=True):
         for k, (cell, rows) in enumerate(cells.items()):
+            axis.plot([], [], MARKERS[k], color=COLORS[k], label=cell)  # for the legend
             for y, row in enumerate(reversed(names)):
                 x = differences(values(rows[row], task), values(rows["joint"], task)) if row in rows else []
                 if len(x) < 2:
@@ -730,7 +731,7 @@ def figure_differences(plt, cells, tasks):
                 mean, low, high = interval(x)
                 at = y + 0.28 * (0.5 * (len(cells) - 1) - k)
                 axis.plot([low, high], [at, at], color=COLORS[k], lw=2, solid_capstyle="butt")
-                axis.plot(mean, at, MARKERS[k], color=COLORS[k], ms=5, label=cell if y == 0 else None)
+                axis.plot(mean, at, MARKERS[k], color=COLORS[k], ms=5)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=task or "average", xlabel="points above joint", yticks=range(len(names)))
         axis.margins(y=0.15)
