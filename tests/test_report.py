@@ -229,7 +229,7 @@ def test_a_cell_that_is_half_there_does_not_stop_the_report(script, tmp_path, mo
 
 
 def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch):
-    """sst2: joint 60, ortho 66 to 68, single 80 in the other cell, so 5 to 9 of 20 points: 35 %."""
+    """sst2: joint 60, ortho 65 to 69, single 80 in the other cell: 5 to 9 of 20 points, so 35 %, as of the average."""
     cells = {
         "W = 10": plan.Cell("", {"joint": "", "ortho": ""}, range(3)),
         "W = 1": plan.Cell("", {"single": ""}, range(3)),
