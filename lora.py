@@ -76,6 +76,7 @@ def linear(x, W, sizes=None):
 
 
 FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
+RENAMED = {"role": "factor", "joint": "all"}  # units of `blocks`, as they were called
 
 
 def matching(module, linear, target):
@@ -140,8 +141,8 @@ def blocks(model, unit="tensor", factors="AB"):
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
-    if renamed := {"role": "factor", "joint": "all"}.get(unit):
-        raise ValueError(f"unit {unit!r} is now {renamed!r}")
+    if unit in RENAMED:
+        raise ValueError(f"unit {unit!r} is now {RENAMED[unit]!r}")
     if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
         raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]

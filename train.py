@@ -135,7 +135,6 @@ MOVED = {
     "--continual": "python experiments/continual.py",
     "--disjoint": "python experiments/continual.py --disjoint",
 }
-RENAMED = {"role": "factor", "joint": "all"}  # values of --unit
 
 
 def parse(argv):
@@ -179,7 +178,8 @@ def check(s):
         if f.type in (int, float) and not low <= value <= high:  # NaN is not
             raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
         if choices and value not in choices:
-            renamed = f"; {value} is now called {RENAMED[value]}" if flag == "--unit" and value in RENAMED else ""
+            now = lora.RENAMED.get(value) if flag == "--unit" else None
+            renamed = f"; {value} is now called {now}" if now else ""
             raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}{renamed}")
     tasks, methods = listed(s.tasks, "tasks", known=TASKS), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)

@@ -330,15 +330,6 @@ def test_twice_is_an_error():
     assert lora_layers(model) == layers
 
 
-def test_replace_module():
-    model = nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU())
-    new = nn.Tanh()
-    model.set_submodule("0.0", new)
-    assert model[0][0] is new
-    model.set_submodule("1", new)
-    assert model[1] is new
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 
