@@ -235,7 +235,7 @@ class OrthoLoRA:
         """After the one backward() of `lora.per_task`: add every task's gradient to its row.
 
         grads: {parameter: its view}; a view's .grad is (T, *parameter.shape), or None where no loss depended on it.
-        Raises as `collect` does, and ValueError where a .grad has another shape.
+        Raises as `collect` does, ValueError where a .grad has another shape, KeyError where a view is missing.
         """
         self._check()
         found = [grads[p].grad for p in self.parameters]
@@ -275,15 +275,15 @@ class OrthoLoRA:
         """Write sum_i v_i into every .grad, zeros where no task had a gradient, clear the rows, and return `Conflicts`.
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
-        rows add up, and are watched. Raises ValueError for others. What isn't finite is never projected away: it makes
-        .grad not finite, so GradScaler skips the step. With one task or no conflict a float32 .grad is the plain sum.
+        rows add up, and are watched. What isn't finite makes .grad not finite, so GradScaler skips the step. With
+        one task or no conflict a float32 .grad is the plain sum. ValueError: another order; RuntimeError: a .grad left.
         """
         T = self.num_tasks
+        if any(p.grad is not None and not getattr(p.grad, "projected", False) for p in self.parameters):
+            raise RuntimeError("OrthoLoRA: a .grad was not collected and would be lost; collect after each backward()")
         order = self.random_order() if order is None else torch.as_tensor(order)
-        fits = order.shape in ((T, T - 1), (T, 0))
-        if fits and order.is_cpu and order.numel():  # what is on a GPU is not looked at
-            fits = [sorted([i, *row]) for i, row in enumerate(order.tolist())] == [list(range(T))] * T
-        if not fits:
+        met = order.tolist() if order.is_cpu else []  # what is on a GPU is not looked at
+        if order.shape not in ((T, T - 1), (T, 0)) or any(m and {i, *m} != {*range(T)} for i, m in enumerate(met)):
             raise ValueError(f"OrthoLoRA: row i of order names all tasks but i, or none; not {order.tolist()}")
         stacks = [x.transpose(0, 1) for x in self._per_size(self.rows)]  # (k, T, n) each
         gram = torch.cat([gram_matrix(g) for g in stacks])  # (blocks, T, T), as the blocks lie in rows

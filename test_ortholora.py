@@ -814,6 +814,18 @@ def test_collect_without_any_gradient():
         ortho.collect_stacked({p: SimpleNamespace(grad=None) for p in parameters})
 
 
+def test_a_gradient_that_was_not_collected_is_not_lost():
+    parameters, ortho, grads = make(2)
+    collect(ortho, parameters, grads)
+    before = ortho.rows.clone()
+    parameters[0].sum().backward()  # a task without its collect, or a penalty on the factors
+    with pytest.raises(RuntimeError, match="a .grad was not collected"):
+        ortho.project()
+    assert torch.equal(ortho.rows, before) and torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
+    parameters[0].grad = None
+    ortho.project()
+
+
 def test_a_zero_gradient_is_a_gradient():
     parameters, ortho, grads = make(2)
     collect(ortho, parameters, [[0 * g for g in task] for task in grads])  # as for A while B = 0: nothing is raised
