@@ -56,7 +56,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """A plain `nn.Linear` with weight W0 + scale * B A, in the base's dtype. This layer is left as it is."""
+        """A new `nn.Linear` with weight W0 + scale * B A, in the base's dtype. ValueError: the base is no plain one."""
+        if type(self.base).forward is not nn.Linear.forward or not self.base.weight.is_floating_point():
+            raise ValueError(f"a {type(self.base).__name__} of {self.base.weight.dtype} can't be merged into")
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
         plain.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
         plain.bias = self.base.bias
@@ -70,13 +72,14 @@ def linear(x, W, sizes=None):
     """x W': (..., n) and (m, n) -> (..., m). Given sizes, W is (T, m, n), and the first sizes[0] of x meet W[0], ..."""
     if sizes is None:
         return F.linear(x, W)
+    if len(x) != sum(sizes):
+        raise ValueError(f"per_task: a layer was given {tuple(x.shape)}; its first dimension is not sum({sizes})")
     if len(set(sizes)) > 1:
         return torch.cat([F.linear(part, w) for part, w in zip(x.split(sizes), W.unbind(), strict=True)])
     return torch.bmm(x.reshape(len(sizes), -1, x.shape[-1]), W.mT).view(*x.shape[:-1], -1)
 
 
 FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
-RENAMED = {"role": "factor", "joint": "all"}  # units of `blocks`, as they were called
 
 
 def matching(module, linear, target):
@@ -93,7 +96,7 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
 
     targets: names, as in peft: an `nn.Linear` is meant if its path is one of them, or ends in "." and one of them;
     "all-linear": every one but the output layer, or else a top-level classifier, score or qa_outputs; None: query and
-    value by their family's names. layers: only these numbers, the first in a path. Returns {path: LoRALinear}.
+    value by their family's names. layers: only these, the first number inside a path. Returns {path: LoRALinear}.
     Raises ValueError, changing nothing: no targets, targets or layers not found, LoRA already, a bad rank or dropout.
     """
     if isinstance(module, nn.Linear):
@@ -141,8 +144,6 @@ def blocks(model, unit="tensor", factors="AB"):
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
-    if unit in RENAMED:
-        raise ValueError(f"unit {unit!r} is now {RENAMED[unit]!r}")
     if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
         raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]

@@ -370,8 +370,6 @@ def test_blocks():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["role"], "unit 'role' is now 'factor'"),
-        (["joint"], "unit 'joint' is now 'all'"),
         (["layer"], "'layer'"),
         (["tensor", "C"], "'C'"),
         (["all", ""], "''"),
@@ -423,6 +421,22 @@ def test_per_task_gradients_equal_the_loops(sizes, frozen):
         torch.testing.assert_close(grads[p].grad, e, rtol=1e-4, atol=1e-5 * max(1, e.abs().max().item()))
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_is_no_plain_linear_layer_is_not_merged():
+    packed = nn.Linear(3, 2)
+    packed.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
+    for base, says in ((Doubled(3, 2), "a Doubled of torch.float32"), (packed, "a Linear of torch.int8")):
+        module = nn.Sequential(base)
+        layer = add_lora(module, "all-linear", r=1, alpha=1)["0"]
+        with pytest.raises(ValueError, match=says):
+            merge_lora(module)
+        assert module[0] is layer
+
+
 def test_per_task_of_rows_without_a_length_and_of_other_dtypes():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 5, dtype=torch.bfloat16))
@@ -439,10 +453,19 @@ def test_per_task_of_rows_without_a_length_and_of_other_dtypes():
         torch.testing.assert_close(grads[layer.B].grad[t], expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 3]])
+@pytest.mark.parametrize("shape", [(6, 4, 3), (24, 3)])  # (length, batch, n); the tokens of all sequences in a row
+def test_per_task_of_what_is_not_stacked_first_is_refused(shape, sizes):
+    module = nn.Sequential(nn.Linear(3, 5))
+    add_lora(module, "all-linear", r=2, alpha=2)
+    with per_task(module, sizes), pytest.raises(ValueError, match="its first dimension is not sum"):
+        module(torch.randn(shape))
+
+
 def test_per_task_ends_with_its_block():
     module = nn.Sequential(nn.Linear(4, 4))
     layer = add_lora(module, "all-linear", r=2)["0"]
-    with pytest.raises(RuntimeError), per_task(module, [2, 1]):
+    with pytest.raises(ValueError), per_task(module, [2, 1]):
         module(torch.zeros(5, 4))  # not the 3 rows that were announced
     assert layer.tasks is None
     module(torch.ones(5, 4)).sum().backward()
