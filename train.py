@@ -178,9 +178,7 @@ def check(s):
         if f.type in (int, float) and not low <= value <= high:  # NaN is not
             raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
         if choices and value not in choices:
-            now = lora.RENAMED.get(value) if flag == "--unit" else None
-            renamed = f"; {value} is now called {now}" if now else ""
-            raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}{renamed}")
+            raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}")
     tasks, methods = listed(s.tasks, "tasks", known=TASKS), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
@@ -377,7 +375,8 @@ def train(unit, model, tasks, encoder, s, log, bar):
         last, now = step == s.steps - 1, time.perf_counter()
         logged = last or step % max(1, s.steps // 50) == 0
         due = not RANK and not last and now - saved >= s.save_every
-        if logged or due:  # only here the host waits for the device
+        scored = s.eval_every and (step + 1) % s.eval_every == 0
+        if logged or due or scored:  # only here the host waits for the device
             watch.check(unit)
         if logged:
             entry = {"step": step, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norms.norm().item()}
@@ -386,10 +385,12 @@ def train(unit, model, tasks, encoder, s, log, bar):
                 entry["conflict_rate"] = conflicts.rate.item()
                 entry["effective"] = dict(zip(unit.tasks, conflicts.effective.tolist(), strict=True))
             print(json.dumps(entry), file=log, flush=True)
-        if s.eval_every and (step + 1) % s.eval_every == 0 and not RANK:
+        if scored and not RANK:
+            paused = time.perf_counter()
             print(json.dumps({"step": step, "scores": scores_in_training(model, encoder, tasks)}), file=log, flush=True)
+            begin += time.perf_counter() - paused  # it is no part of a step
         if due:
-            runs.save(unit, step + 1, spent + now - begin, trained, optimizer, watch, log)
+            runs.save(unit, step + 1, spent + time.perf_counter() - begin, trained, optimizer, watch, log)
             saved = time.perf_counter()
     return watch, (spent + time.perf_counter() - begin) / s.steps
 
@@ -420,11 +421,12 @@ def run_training(unit, encoder, frozen, tasks, s, bar):
     result = {"adapter_parameters": lori.trained_scalars(model.encoder)}
     with open(os.devnull if RANK else unit.folder / "log.jsonl", "a", encoding="utf-8") as log:
         watch, seconds = train(unit, model, tasks, encoder, s, log, bar)
+    timing = runs.timing(unit, encoder, seconds, s.steps)  # before scoring, whose memory is not the training's
     if watch.sums:
         result["conflicts"] = table.statistics(watch, projected_blocks(unit.method, model, s)[1])
     if masks:
         masked.remove()
-    agreed(lambda: finish(unit, model, encoder, tasks, result, seconds, s, masks))
+    agreed(lambda: finish(unit, model, encoder, tasks, result, timing, s, masks))
 
 
 def masks_of(unit, encoder, s):
@@ -448,10 +450,10 @@ def run_merge(unit, encoder, tasks, s):
     own = [read_json(unit.adapter(data.name, unit.source) / "result.json") for data in tasks]
     result = {"adapter_parameters": sum(x["adapter_parameters"] for x in own)}
     result["cosines"] = lori.delta_cosines(adapters).numpy().round(6).tolist()
-    finish(unit, model, encoder, tasks, result, 0.0, s)
+    finish(unit, model, encoder, tasks, result, runs.timing(unit, encoder, 0.0, s.steps), s)
 
 
-def finish(unit, model, encoder, tasks, result, seconds, s, masks=None):
+def finish(unit, model, encoder, tasks, result, timing, s, masks=None):
     """Save a unit's adapters, score what was saved, and say that it is finished."""
     about = {"method": unit.method, "seed": str(unit.seed)}
     about |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
@@ -462,7 +464,7 @@ def finish(unit, model, encoder, tasks, result, seconds, s, masks=None):
             write_safetensors(folder / "masks.safetensors", masks)
         predictions = predict(load_tuned(encoder, folder, data.name), data.name, data.validation)
         result["tasks"][data.name] = score(data.name, predictions, data.validation_labels)
-    unit.finish(result, runs.timing(unit, encoder, seconds, s.steps))
+    unit.finish(result, timing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -254,11 +254,10 @@ def facts(encoder, tasks):
 
 
 def timing(unit, encoder, seconds, steps):
-    """timing.json: seconds per step, a GPU's peak memory since the unit before, and what they were measured with."""
+    """timing.json: seconds per step, a GPU's peak memory in training, and what they were measured with."""
     device, memory = next(encoder.parameters()).device, None
     if device.type == "cuda":
         memory = None if unit.merged else torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
     about = {"hardware": hardware(encoder), "source": source_checksum()}
     return {"seconds_per_step": seconds, "steps": steps, "peak_memory_bytes": memory, **about}
 
@@ -298,7 +297,8 @@ def save(unit, step, seconds, trained, optimizer, watch, log):
 def resume(unit, trained, optimizer, watch, log):
     """Fill in what `save` wrote, if it did, and cut the log back to it. Returns (steps done, seconds that they took).
 
-    Raises BadInput where the state is damaged: it is not used, and goes when the user deletes it.
+    A GPU's peak memory counts from here. Raises BadInput where the state is damaged: it is not used, and goes when the
+    user deletes it.
     """
     begin = {}, {"step": 0, "seconds": 0.0, "log": 0}
     tensors, info = agreed(lambda: load_state(unit.state) if unit.state.exists() else begin)
@@ -312,6 +312,8 @@ def resume(unit, trained, optimizer, watch, log):
             trained[name].data.copy_(x)
         elif kind != "watch":
             optimizer.state[trained[name]][kind] = x if kind == "step" else x.to(trained[name].device)
+    if watch.bad.is_cuda:
+        torch.cuda.reset_peak_memory_stats(watch.bad.device)
     return info["step"], info["seconds"]
 
 
@@ -428,10 +430,7 @@ class Workers:
 
         loaded goes to them as bytes, so they read nothing again, and need no shared memory.
         """
-        waiting, idle = (
-            sorted(units, key=lambda unit: -len(unit.tasks)),
-            [],
-        )  # long ones first, so that all end together
+        waiting, idle = sorted(units, key=lambda unit: -len(unit.tasks)), []  # long ones first: all end together
         loaded = pickle.dumps(loaded)
         for worker in self.started:
             with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below

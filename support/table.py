@@ -20,7 +20,7 @@ from support.runs import FIFTHS, locked
 
 
 def share_of_pairs(x):
-    """(blocks, T, T), symmetric with an empty diagonal counted -> (blocks,), the mean over pairs i < j."""
+    """(blocks, T, T) -> (blocks,): the mean over the pairs i < j, where a pair without a gradient counts as 0."""
     T = x.shape[1]
     return x.triu(1).sum((1, 2)) / max(1, T * (T - 1) // 2)
 
@@ -174,7 +174,8 @@ def table(results, timings):
         gap = results["summary"][method].get("gap_recovered", "—")
         time = f"{seconds[method] / seconds[base]:.2f}" if seconds[method] and seconds[base] else "—"
         counts = [f"{first[name]:,}" for name in ("adapter_parameters", "head_parameters")]
-        rows.append([method, *scores, average, gap, *counts, time])
+        some = "" if len(seeds) == len(results["seeds"]) else f" ({len(seeds)} of them)"
+        rows.append([method + some, *scores, average, gap, *counts, time])
     if any(memory.values()):
         cells = ["memory", "", *(f"{memory[method] / 2**20:,.0f} MiB" for method in runs)]
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
@@ -186,14 +187,16 @@ def by_task(results, watched="ortho"):
 
     Rows: tasks; columns: single and every projected method less joint; the length of the task's gradient under
     `watched`, and the weight that the update gave it, both in the first fifth of the training: later a task that is
-    learned has a short gradient, too.
+    learned has a short gradient, too. Not with --balance, where both would be those of gradients made equally long.
     """
     runs = results["methods"]
     projected = [m for m, seeds in runs.items() if "conflicts" in next(iter(seeds.values())) and m != "joint"]
     if "joint" not in runs or not projected:
         return ""
     others = [m for m in ("single", *projected) if m in runs]
-    fifths = [run["conflicts"]["fifths"] for run in runs.get(watched, {}).values()]
+    fifths = [
+        run["conflicts"]["fifths"] for run in runs.get(watched, {}).values() if not results["settings"]["balance"]
+    ]
     seen = ["length", f"{watched}'s weight"] if fifths else []
     rows = [["task", *(f"{m} − joint" for m in others), *seen]]
     for t in results["tasks"]:

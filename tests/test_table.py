@@ -101,7 +101,7 @@ def conflicts(rate):
 def by_hand(tmp_path):
     out = tmp_path / "by hand"
     out.mkdir()
-    settings = {"steps": 100, "batch_size": 16, "lr": 5e-4, "rank": 8, "holdout": 0, "dtype": "fp32"}
+    settings = {"steps": 100, "batch_size": 16, "lr": 5e-4, "rank": 8, "holdout": 0, "dtype": "fp32", "balance": False}
     facts = {"device": "cpu", "python": "3", "torch": "2", "numpy": "1"}
     majority = {"a": {"accuracy": 0.5, "score": 50.0}, "b": {"accuracy": 0.625, "score": 62.5}}
     about = {"settings": settings, "facts": facts, "model": "tiny", "glue": "toy", "demo": False, "tasks": ["a", "b"]}
@@ -172,6 +172,15 @@ def test_table_by_hand(by_hand):
     assert "by task pair: a-b 25 %" in text and "weight: how often" in text
 
 
+def test_balanced_gradients_have_no_lengths(by_hand):
+    """With --balance all are made equally long, so neither length nor weight is that of the task's gradient."""
+    about = json.loads((by_hand / "settings.json").read_text())
+    about["settings"]["balance"] = True
+    (by_hand / "settings.json").write_text(json.dumps(about))
+    text = table.write(by_hand)
+    assert "| task | single − joint | ortho − joint |" in text and "length:" not in text
+
+
 def test_the_columns_of_a_table_are_aligned(by_hand):
     lines = [line for line in table.write(by_hand).splitlines() if line.startswith("|")][:7]
     assert len({len(line) for line in lines}) == 1 and set(lines[1]) == set("|-:")
@@ -193,6 +202,8 @@ def test_seeds_that_only_some_methods_have(by_hand):
     table.write(by_hand)
     results = results_of(by_hand)
     assert results["seeds"] == [0, 9, 10] and list(results["methods"]["joint"]) == ["0", "9"]
+    text = (by_hand / "results.md").read_text()
+    assert "of 3 seeds" in text and "| joint (2 of them) |" in text and "| single            |" in text
     assert results["summary"]["ortho"]["gap_recovered"] == "+5.5 of +10.0 points (two seeds)"  # 6 and 5
     shutil.rmtree(by_hand / "joint")
     table.write(by_hand)

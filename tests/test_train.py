@@ -512,6 +512,21 @@ def test_scores_on_the_way_change_no_byte_but_the_log(run, tmp_path):
         assert last == {task: found["score"] for task, found in results[method]["0"]["tasks"].items()}
 
 
+def test_scoring_on_the_way_is_no_part_of_a_step(run, tmp_path, monkeypatch):
+    scoring, stopped = train.scores_in_training, [0.0]  # a clock that scoring alone moves on
+
+    def slow(*args):
+        stopped[0] += 100
+        return scoring(*args)
+
+    monkeypatch.setattr(train, "time", mock.Mock(perf_counter=lambda: stopped[0]))
+    monkeypatch.setattr(train, "scores_in_training", slow)
+    assert run("--tasks sst2 --methods joint --steps 4 --eval-every 2 --save-every 0")[0] == 0
+    assert (
+        stopped == [200] and json.loads((tmp_path / "out/joint/seed0/timing.json").read_text())["seconds_per_step"] == 0
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -672,8 +687,6 @@ def test_lori_trains_no_A(run, tmp_path):
         ("--device cuda:99", "--device cuda:99"),
         ("--device nothing", "--device nothing"),
         ("--unit everything", "--unit 'everything' is none of tensor, factor, all"),
-        ("--unit role", "--unit 'role' is none of tensor, factor, all; role is now called factor"),
-        ("--unit joint", "joint is now called all"),
         ("--optimizer magic", "--optimizer 'magic' is none of adamw, sgd"),
         ("--sparsity 1", "--sparsity 1.0 is outside"),
         ("--sparsity -0.1", "--sparsity -0.1 is outside"),
@@ -787,9 +800,10 @@ def test_out_that_cannot_be_written(run, tmp_path):
     assert_refused(run("--tasks sst2 --steps 2", out=tmp_path / "file" / "out"), "can't be written")
 
 
-def test_divergence_is_named(run, tmp_path):
-    flags = "--tasks sst2,stsb --methods ortho --steps 40 --lr 1000 --optimizer sgd --clip 0 --warmup 0"
-    status, _, err = run(flags)
+@pytest.mark.parametrize("more", ["", " --eval-every 1"])
+def test_divergence_is_named(run, tmp_path, more):
+    flags = "--tasks sst2,stsb --methods ortho --steps 120 --lr 1000 --optimizer sgd --clip 0 --warmup 0"
+    status, _, err = run(flags + more)
     last = err.strip().splitlines()[-1]
     assert (
         status == 1 and last.startswith("train.py: ortho, seed 0, step ") and last.endswith("a smaller --lr may help")
