@@ -88,8 +88,10 @@ def check(s, given):
         )
     if s.demo or not {"model", "glue"} <= set(given):
         raise BadInput("controls.py wants --model and --glue; the demo has workers and seeds of its own")
-    if s.jobs > 1:
-        raise BadInput("--jobs: workers would know nothing of --control; several processes can share an --out")
+    if not s.out:
+        raise BadInput("controls.py wants --out FOLDER, for its losses.json")
+    if s.jobs > 1 or runs.WORLD > 1:
+        raise BadInput("leave out --jobs and torchrun: a sham is put into one process; several can share an --out")
     if s.control == "late" and ("," in s.seeds + s.methods or s.save_every < 1e6):
         raise BadInput("--control late remembers a step: give one method, one seed, and --save-every 1e9")
 
@@ -136,7 +138,7 @@ def main(argv=None, typed=None, script="experiments/controls.py"):
         if s.control:
             ortholora.projection_coefficients = {"agree": agree, "late": late(), "shuffled": shuffled}[s.control]
         status = train.main(argv)
-        if not status and s.out:
+        if not status:
             write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")
         return status
     except (BadInput, OSError) as e:

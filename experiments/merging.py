@@ -49,7 +49,7 @@ def merge_at(weight, trained, own, rest):
         return None
     found = read_json(folder / "results.json")
     merged = {f"{m} at {weight:g}": x for m, x in found["methods"].items() if m not in trained}
-    return found | {"methods": merged}
+    return {name: x for name, x in found.items() if name != "summary"} | {"methods": merged}
 
 
 def main(argv=None):

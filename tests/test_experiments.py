@@ -316,7 +316,8 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
         (["--control=agree", "--sequential"], "which does not use what it replaces"),
         (["--control=late"], "one method, one seed, and --save-every"),
         (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
-        (["--jobs=2"], "workers would know nothing of --control"),
+        (["--jobs=2"], "a sham is put into one process"),
+        (["--out="], "wants --out FOLDER"),
         (["--control=early"], "'early' is none of"),
         (["--control=shuffled", "--unit=all"], "blocks that are an A or a B of square layers"),
         (["--control=shuffled", "--targets=all-linear"], "and the default --targets"),
@@ -611,12 +612,12 @@ def test_every_flag_of_the_plan_is_its_scripts():
         files = [str(unit) for unit in reproduce.units(name)]
         assert len(set(files)) == len(files)
         for unit in reproduce.units(name):
-            script, *words = reproduce.words(unit, "m", "g")
+            script, *words = [*reproduce.words(unit, "m", "g"), "--out=o"]
             if "continual" in script:
                 continual.check(continual.Settings(**continual.parse(words)))
                 continue
             if "merging" in script:
-                merging.parse([*words, "--out=o"])
+                merging.parse(words)
                 continue
             plain, train.Settings = train.Settings, tries.Settings if "tries" in script else controls.Settings
             try:
