@@ -676,6 +676,7 @@ def draw(results):
 DIFFERENCES = {
     "toy": (("p = 0.5, 400 steps, lr 0.008", "p = 0.5, 1600 steps, lr 0.008"), ("", "sst2")),
     "scales": (("W = 10, 400 steps", "W = 10, 1500 steps"), ("", "sst2", "stsb")),
+    "glue": (("1500 steps",), ("", "cola", "sst2")),
 }
 
 
