@@ -164,12 +164,25 @@ COLLAPSED = 0.95  # of the predictions are one class
 
 
 def collapsed(found):
-    """How many trainings of a row end up saying one class, by task: 'mrpc 2, rte 1'."""
+    """{task: how many trainings of a row end up saying one class}, where there are some."""
     counts = {}
     for unit in found.values():
         for task, scores in entry(unit)["tasks"].items():
             counts[task] = counts.get(task, 0) + (scores.get("commonest", 0) >= COLLAPSED)
-    return ", ".join(f"{task} {n}" for task, n in counts.items() if n)
+    return {task: n for task, n in counts.items() if n}
+
+
+def losses_by_task(rows, tasks):
+    """Every row's losses less joint's, as a list: where joint mostly collapses, since a score can't tell how far."""
+    if 2 * max(collapsed(rows["joint"]).values(), default=0) < len(rows["joint"]):
+        return []
+    joint, lines = {t: values(rows["joint"], t, "loss") for t in tasks}, []
+    for row, found in rows.items():
+        pairs = {t: differences(values(found, t, "loss"), joint[t]) for t in tasks}
+        if row != "joint" and len(pairs[tasks[0]]) >= ENOUGH:
+            said = ", ".join(f"{t} {signed(interval(x), 3)}" for t, x in pairs.items())
+            lines.append(f"- Loss by task, `{row}` less joint: {said}.")
+    return ["\n".join(lines)] * bool(lines)
 
 
 def score_table(rows, tasks):
@@ -179,7 +192,8 @@ def score_table(rows, tasks):
         columns = [list(values(found, task).values()) for task in [*tasks, ""]]
         table.append([row, *map(mean_and_spread, columns)])
         loss = list(values(found, "", "loss").values())
-        table[-1] += ["" if np.isnan(loss).any() else mean_and_spread(loss, 3), collapsed(found), str(len(found))]
+        table[-1] += ["" if np.isnan(loss).any() else mean_and_spread(loss, 3)]
+        table[-1] += [", ".join(f"{task} {n}" for task, n in collapsed(found).items()), str(len(found))]
     guess = next(iter(next(iter(rows.values())).values()))["majority"]
     chance = [guess[task] for task in tasks]
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
@@ -260,6 +274,7 @@ def cell_text(name, rows):
             parts.append(markdown(difference_table("less ortho", less(shams, "ortho"), tasks, ninety=True)))
         if "single" in rows:
             parts += shares(rows, tasks)
+        parts += losses_by_task(rows, tasks)
     table, norms = weight_table(rows, tasks)
     if norms:
         parts += [markdown(table), norms]

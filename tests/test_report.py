@@ -94,6 +94,20 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
     assert "of sst2 " in report.recovered(rows, ["sst2", "mrpc"], "ortho")
 
 
+def test_where_joint_mostly_says_one_class_losses_are_told_by_task():
+    """Of three seeds two collapse: 0.4, 0.3, 0.2 less 0.5 each is -0.2 ± t(0.975; 2) 0.1 / √3 = 0.248."""
+    joint = {seed: unit(seed, 50, 80, commonest=share) for seed, share in enumerate((1, 0.96, 0.6))}
+    single = {seed: unit(seed, 90, 80) for seed in range(3)}
+    for seed, loss in enumerate((0.4, 0.3, 0.2)):
+        report.entry(single[seed])["tasks"]["sst2"]["loss"] = loss
+    rows = {"joint": joint, "single": single, "ortho": {0: unit(0, 60, 80)}}
+    (said,) = report.losses_by_task(rows, ["sst2", "mrpc"])
+    expected = "sst2 -0.200 [-0.448, +0.048], mrpc +0.000 [+0.000, +0.000]"
+    assert said == f"- Loss by task, `single` less joint: {expected}."
+    report.entry(joint[1])["tasks"]["sst2"]["commonest"] = 0.9
+    assert not report.losses_by_task(rows, ["sst2", "mrpc"])
+
+
 def flat(text):
     """Without the columns' padding."""
     return re.sub(" +", " ", "\n".join(text) if isinstance(text, list) else text)
