@@ -194,9 +194,8 @@ def by_task(results, watched="ortho"):
     if "joint" not in runs or not projected:
         return ""
     others = [m for m in ("single", *projected) if m in runs]
-    fifths = [
-        run["conflicts"]["fifths"] for run in runs.get(watched, {}).values() if not results["settings"]["balance"]
-    ]
+    projections = {} if results["settings"].get("balance") else runs.get(watched, {})
+    fifths = [run["conflicts"]["fifths"] for run in projections.values()]
     seen = ["length", f"{watched}'s weight"] if fifths else []
     rows = [["task", *(f"{m} − joint" for m in others), *seen]]
     for t in results["tasks"]:
