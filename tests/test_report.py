@@ -199,7 +199,12 @@ def test_merges_are_searched_by_the_rate_of_what_they_are_made_of():
 
     rows = {"lori-s at 0.001": of(70, 60, 64), "lori-s at 0.01": of(72, 68, 66)}
     trained, merges = map(report.search_table, report.trained_and_merged(rows))
-    assert trained == [["held out", "score", "0.001", "0.01"], ["lori-s", "average", "75.0", "**76.0**"]]
+    assert trained == [
+        ["held out", "score", "0.001", "0.01"],
+        ["lori-s", "sst2", "70.0", "**72.0**"],
+        ["lori-s", "mrpc", "**80.0**", "80.0"],
+        ["lori-s", "average", "75.0", "**76.0**"],
+    ]
     assert merges == [
         ["held out", "score", "0.5", "1"],
         ["lori-s-merged of 0.001", "average", "70.0", "**72.0**"],
