@@ -291,20 +291,40 @@ def by_method(rows):
 
 
 def lori_text(name, rows):
-    """LoRI, alone and merged: scores, each method less LoRA's, and each merged less what it was before."""
+    """LoRI, alone and merged: scores, each less LoRA's; each merged less what it was before, and that less LoRA's."""
     methods = by_method(rows)
     tasks = list(entry(next(iter(methods["single"].values())))["tasks"])
     alone = {m: found for m, found in methods.items() if not m.endswith("-merged")}
     merged = {m: found for m, found in methods.items() if m.endswith("-merged")}
     before = {m: methods[METHODS[m].source] for m in merged}
+    changes = {m: changed(merged[m], before[m]) for m in merged}
     trained = ", ".join(f"{m} {entry(next(iter(x.values())))['adapter_parameters']:,}" for m, x in alone.items())
     tables = [
         score_table(methods, tasks),
         difference_table("alone, less single", less(alone, "single"), tasks),
         difference_table("merged, less lora-merged", less(merged, "lora-merged"), tasks),
         difference_table("by merging", [(m, merged[m], before[m]) for m in merged], tasks),
+        difference_table("by merging, less LoRA", less(changes, "lora-merged"), tasks),
     ]
-    return [f"### {name}", *map(markdown, tables), f"Trained scalars of all adapters: {trained}."]
+    sizes = f"Trained scalars of all adapters: {trained}."
+    return [f"### {name}", *map(markdown, tables), sizes, *cosines_of_deltas(merged)]
+
+
+def changed(row, base):
+    """Two rows -> one whose scores are their differences, of the seeds that both have."""
+    both = {seed: (entry(unit)["tasks"], entry(base[seed])["tasks"]) for seed, unit in row.items() if seed in base}
+    by_task = {seed: {t: {"score": x[t]["score"] - y[t]["score"]} for t in x} for seed, (x, y) in both.items()}
+    return {seed: {"results": {"changed": {"tasks": tasks}}} for seed, tasks in by_task.items()}
+
+
+def cosines_of_deltas(merged):
+    """What was merged, ΔW of a task against that of another, over all layers: pairs and seeds, mean and largest."""
+    said = []
+    for method, found in merged.items():
+        cosines = np.array([entry(unit)["cosines"] for unit in found.values()])  # (seeds, tasks, tasks)
+        pairs = np.abs(cosines[:, *np.triu_indices(cosines.shape[1], 1)])
+        said.append(f"{METHODS[method].source} {pairs.mean():.3f}, at most {pairs.max():.3f}")
+    return [f"Mean |cosine| of two tasks' ΔW, before merging: {'; '.join(said)}."] if said else []
 
 
 def continual_text(name, rows):
