@@ -198,8 +198,8 @@ LORI = (
     "--tasks sst2,mrpc,stsb,qnli --batch-size 8 --max-length 64 --dtype bf16 --targets all-linear --rank 32 --alpha 64"
 )
 LORI_STEPS = f"{LORI} --steps 400"
-LORI_RATES = {"single": (1.5e-4, 3e-4, 6e-4), "lori-d": (2.5e-4, 5e-4, 1e-3, 2e-3), "lori-s": (2.5e-3, 5e-3, 1e-2)}
-LORI_RATE = {"single": 3e-4, "lori-d": 5e-4, "lori-s": 5e-3}
+LORI_RATES = {"single": (1.5e-4, 3e-4, 6e-4), "lori-d": (2.5e-4, 5e-4, 1e-3, 2e-3), "lori-s": (1.25e-3, 2.5e-3, 5e-3, 1e-2)}
+LORI_RATE = {"single": 3e-4, "lori-d": 5e-4, "lori-s": 2.5e-3}
 OF = {  # a method's flags; lori-s wants its lori-d, at that one's rate
     "single": f"--methods single --own-a --lr {LORI_RATE['single']:g}",
     "lori-d": f"--methods lori-d --lr {LORI_RATE['lori-d']:g}",
