@@ -4,8 +4,8 @@ An experiment is a few cells. A cell is a setting; its rows differ in their meth
 so on the same batches: they are compared pair by pair. One row with one seed is a unit.
 
 What is chosen, a rate or a weight, is chosen in the cells called "search", by seeds and toy worlds from 1000 on and by
-training rows that are held out, and is then written down here. Not so the rates of scales, contradiction and glue, and
-lori's rates and weights: they are given, until their searches are whole.
+training rows that are held out, and is then written down here. Not so the rates of scales, contradiction and glue: they
+are given, until their searches are whole.
 
 Where conflict as such is asked about, two contrasts make the answer: ortho - joint, is there a gain, and ortho - sham,
 does it take the angles. A gain with a sham as good as ortho (the 90 % interval of ortho - sham within a point of 0) is
@@ -198,7 +198,12 @@ LORI = (
     "--tasks sst2,mrpc,stsb,qnli --batch-size 8 --max-length 64 --dtype bf16 --targets all-linear --rank 32 --alpha 64"
 )
 LORI_STEPS = f"{LORI} --steps 400"
-LORI_RATES = {"single": (1.5e-4, 3e-4, 6e-4), "lori-d": (2.5e-4, 5e-4, 1e-3, 2e-3), "lori-s": (1.25e-3, 2.5e-3, 5e-3, 1e-2)}
+LORI_RATES = {
+    "single": (1.5e-4, 3e-4, 6e-4),
+    "lori-d": (2.5e-4, 5e-4, 1e-3, 2e-3),
+    "lori-s": (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+}
+# Of two rates that are as good alone, as two of LoRI-D's and of LoRI-S's are, the one that merges better.
 LORI_RATE = {"single": 3e-4, "lori-d": 5e-4, "lori-s": 2.5e-3}
 OF = {  # a method's flags; lori-s wants its lori-d, at that one's rate
     "single": f"--methods single --own-a --lr {LORI_RATE['single']:g}",
