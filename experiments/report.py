@@ -307,7 +307,13 @@ def lori_text(name, rows):
         difference_table("by merging, less LoRA", less(changes, "lora-merged"), tasks),
     ]
     sizes = f"Trained scalars of all adapters: {trained}."
-    return [f"### {name}", *map(markdown, tables), sizes, *cosines_of_deltas(merged)]
+    tables = [markdown(without("loss", table)) for table in tables]  # train.py keeps none
+    return [f"### {name}", *tables, sizes, *cosines_of_deltas(merged)]
+
+
+def without(column, table):
+    at = table[0].index(column)
+    return [row[:at] + row[at + 1 :] for row in table]
 
 
 def changed(row, base):
