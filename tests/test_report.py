@@ -137,11 +137,12 @@ def test_merging_is_measured_against_the_same_adapters_alone():
     for method, cosines in (("lora-merged", (0.1, -0.3)), ("lori-d-merged", (0.01, -0.01))):
         for seed, cosine in enumerate(cosines):
             rows[method][seed]["results"][method]["cosines"] = [[1.0, cosine], [cosine, 1.0]]
-    _, _, alone, merged, lost, beside, trained, cosines = map(flat, report.lori_text("one", rows))
+    _, scores, alone, merged, lost, beside, trained, cosines = map(flat, report.lori_text("one", rows))
     assert "| lori-d | -2.0 [-2.0, -2.0] | +0.0 [+0.0, +0.0] | -1.0 [-1.0, -1.0] |" in alone
     assert "| lori-d-merged | +8.0 " in merged and "| lora-merged" not in merged
     assert "| lora-merged | -11.0 " in lost and "| lori-d-merged | -1.0 [-1.0, -1.0] | +0.0 " in lost
     assert "| lori-d-merged | +10.0 [-2.7, +22.7] | +4.0 [+4.0, +4.0] | +7.0 " in beside and "| lora-" not in beside
+    assert all("loss" not in table for table in (scores, alone, merged, lost, beside))  # an empty column
     assert trained == "Trained scalars of all adapters: single 5,000, lori-d 5,000."
     assert cosines.endswith("before merging: single 0.200, at most 0.300; lori-d 0.010, at most 0.010.")
 
