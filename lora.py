@@ -4,9 +4,8 @@ Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that
 `transformers` model included (not where a layer's weight is read past its forward, as torch's fused attention does):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
-    optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)
-    ...
-    {n: p for n, p in model.named_parameters() if p.requires_grad}         # to save: what is trained; or
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
+    {n: p for n, p in model.named_parameters() if p.requires_grad}         # to save: what is trained (no frozen A); or
     tensors, config = peft_adapter(model)                                  # a folder for peft, see there; or
     merge_lora(model).save_pretrained(folder)                              # plain nn.Linear again, W0 + scale * B A
 
@@ -165,10 +164,12 @@ def per_task(model, sizes):
 
     Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
     cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
-    for a factor that is in none of its blocks, factor.grad = view.grad.sum(0) is left to the caller.
-    The first dimension of what a layer is given must be the stacked one, of sum(sizes).
+    for a factor that is in none of its blocks, factor.grad = view.grad.sum(0) is left to the caller. What a layer gets
+    has the stacked dimension, of sum(sizes), first. Raises ValueError under `lori.MaskedB`.
     """
     layers, grads = lora_layers(model).values(), {}
+    if not all(factor.is_leaf for factor in lora_parameters(model)):
+        raise ValueError("per_task: a factor is computed, as under MaskedB, so that its view would train nothing")
 
     def view(factor):
         own = factor.detach().expand(len(sizes), *factor.shape)
@@ -204,7 +205,6 @@ def peft_adapter(model, prefix=""):
 
     The tensors are float32 copies. The caller adds "base_model_name_or_path", "task_type" and "modules_to_save", and a
     head's tensors under "base_model.model." + name. prefix: where `model` stands in what peft gets, such as "bert.".
-    Never call `save_pretrained` with the layers still in, it loses base weights: save these, or `merge_lora` first.
     Raises ValueError: no LoRA layers; some with rslora and some without; a prefix that does not end in a dot.
     """
     layers = {prefix + path: layer for path, layer in lora_layers(model).items()}

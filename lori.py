@@ -77,7 +77,7 @@ def top_k_mask(values, k, allowed=None):
     if k > free:
         raise ValueError(f"{k} of {size.numel()} entries wanted, but only {free} are free")
     if size.max() == 0:
-        raise ValueError("all values are zero, so none is larger: train B first")
+        raise ValueError("all that may be chosen are zero: train B first")
     mask = torch.zeros_like(size, dtype=torch.bool)
     mask[size.argsort(descending=True, stable=True)[:k]] = True
     return mask.view(values.shape)
@@ -153,7 +153,7 @@ class MaskedB:
     """Train only the entries of every B where its mask is true.
 
         masked = MaskedB(model, masks)
-        optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)    # a new one: it can't know these parameters
+        optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)    # a new one, as of OrthoLoRA: shapes differ
         ...
         masked.remove()                                                # B is a plain parameter again
 
@@ -224,7 +224,7 @@ def insert(model, adapter):
         if parametrize.is_parametrized(old):
             raise ValueError(f"insert: {path} is under MaskedB; remove() that first")
         base = old.base if isinstance(old, LoRALinear) else old
-        if (B.shape[0], A.shape[1]) != (base.out_features, base.in_features) or A.shape[0] != B.shape[1]:
+        if (B.shape[0], A.shape[1]) != (base.out_features, base.in_features) or not A.shape[0] == B.shape[1] > 0:
             found, shape = f"A {tuple(A.shape)} and B {tuple(B.shape)}", tuple(base.weight.shape)
             raise ValueError(f"adapter of another model: {found} for {path}, whose weight is {shape}")
         bases[path] = base

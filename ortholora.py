@@ -20,7 +20,7 @@ def project_conflicting(grads, order, sequential=False):
     grads: (T, n), row i is g_i. order: (T, T - 1), row i names the other tasks in the order in which g_i meets them.
     Returns (T, n), row i is v_i. The g_j that v_i is held against is the original one (PCGrad's rule);
     `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is in conflict with
-    nobody, and one so short that its square is zero in this dtype counts as zero.
+    nobody, and one so short that its square is zero in this dtype counts as zero. A square that overflows gives NaN.
     """
     v = grads.clone()
     references = v if sequential else grads
@@ -53,10 +53,10 @@ def projection_coefficients(gram, order):
 
 
 def sequential_coefficients(gram, order):
-    """C where v_i meets v_j, not g_j: pair by pair. A v_j that is only rounding error beside its g_j counts as zero."""
+    """C, as above, where v_i meets v_j, not g_j, pair by pair. A v_j that is but rounding beside g_j counts as zero."""
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     noise = 100 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2)  # (blocks, T)
-    for i, others in enumerate(order.tolist()):
+    for i, others in enumerate(torch.as_tensor(order).tolist()):
         for j in others:
             along = (gram * C[:, j, None]).sum(2)  # (blocks, T): <g_k, v_j>
             dot, size = (C[:, i] * along).sum(1), (C[:, j] * along).sum(1)  # (blocks,): <v_i, v_j>, |v_j|^2
@@ -96,7 +96,7 @@ class Conflicts:
     cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
     removed   (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
-    finite    (blocks, T)     bool: no NaN and no infinity in g_i; what is not finite counts as 0 above
+    finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); else 0 above
     weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
                               projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
     effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
@@ -182,7 +182,7 @@ class OrthoLoRA:
         if not parameters or not all(self.blocks):
             raise ValueError("OrthoLoRA: there is no parameter to project in blocks (or in one of them)")
         if len({id(p) for p in parameters}) < len(parameters):
-            raise ValueError("OrthoLoRA: a parameter is in more than one block")
+            raise ValueError("OrthoLoRA: a parameter is in blocks twice")
         if any(hasattr(p, "device_mesh") for p in parameters):
             raise ValueError("OrthoLoRA: a parameter in blocks is sharded, a DTensor; see FSDP2 in docs/recipes.md")
         if not all(p.is_leaf and p.requires_grad for p in parameters):
@@ -201,8 +201,8 @@ class OrthoLoRA:
         layout = sorted(range(len(sizes)), key=lambda b: sizes[b])
         self.groups = [(sizes.count(n), n) for n in sorted(set(sizes))]  # k blocks of n
         self.parameters = [p for b in layout for p in self.blocks[b]]
-        self.dtypes = [p.dtype for p in self.parameters]
-        dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.made = [(tuple(p.shape), p.dtype) for p in self.parameters]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
         self.places = torch.tensor(layout, device=self.rows.device).argsort()  # of the caller's blocks in rows
 
@@ -220,9 +220,8 @@ class OrthoLoRA:
     def collect(self, task):
         """After `task`'s backward(): add each parameter's .grad to the task's row, and clear it, without waiting.
 
-        Once for each micro-batch, and not for a task that is absent; to give up a step, `ortho.rows.zero_()`. Raises
-        ValueError where there is no such task; RuntimeError where no parameter has a .grad, where .grad is still the
-        tensor that `project` wrote, or a parameter has changed dtype or device.
+        Once for each micro-batch, not for an absent task; to give up a step, `ortho.rows.zero_()`. ValueError: no such
+        task; RuntimeError: no .grad, or still the one that `project` wrote; another shape, dtype or device.
         """
         if task not in range(self.num_tasks):
             raise ValueError(f"OrthoLoRA: task {task} is none of 0 to {self.num_tasks - 1}")
@@ -249,16 +248,16 @@ class OrthoLoRA:
             grads[p].grad = None
 
     def _check(self):
-        for p, dtype in zip(self.parameters, self.dtypes, strict=True):
-            if p.dtype != dtype or p.device != self.rows.device:
+        for p, (shape, dtype) in zip(self.parameters, self.made, strict=True):
+            if tuple(p.shape) != shape or p.dtype != dtype or p.device != self.rows.device:
                 raise RuntimeError(
-                    f"OrthoLoRA: a parameter is {p.dtype} on {p.device}, and was {dtype} on {self.rows.device}; make "
-                    "OrthoLoRA last: after .to(device), a cast, get_peft_model, Trainer(...), accelerator.prepare"
+                    f"OrthoLoRA: a {shape} {dtype} parameter on {self.rows.device} is {tuple(p.shape)} {p.dtype} on "
+                    f"{p.device} now; make OrthoLoRA last: after .to(device), a cast, Trainer(...), prepare, MaskedB"
                 )
             if getattr(p.grad, "projected", False):
                 raise RuntimeError(
-                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() (with set_to_"
-                    "none=True) before backward(); when accumulating, project once, after the last micro-batch"
+                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() (set_to_none="
+                    "True, and of all blocks) before backward(); accumulating, project once, after the last micro-batch"
                 )
 
     @torch.no_grad()
@@ -300,8 +299,9 @@ class OrthoLoRA:
                 torch.mul(g_j, w_j, out=out) if j == 0 else out.addcmul_(g_j, w_j)
         self.rows.zero_()
         for p, grad in zip(self.parameters, self._per_parameter(total), strict=True):
-            p.grad = grad = grad.to(p.dtype)
-            grad.projected = True  # `_check` finds it where it should be gone
+            grad = grad.to(p.dtype) if p.is_contiguous() else torch.empty_like(p).copy_(grad)  # fused wants p's strides
+            if p.requires_grad:  # one that was frozen since is left alone
+                p.grad, grad.projected = grad, True  # `_check` finds it where it should be gone
         return Conflicts(gram[self.places], C[self.places], self.blocks)
 
     def random_order(self):

@@ -793,7 +793,7 @@ def test_forgotten_zero_grad(to_none, dtype):
     for p in parameters:
         p.sum().backward()  # adds to .grad in place
     before = ortho.rows.clone()
-    with pytest.raises(RuntimeError, match="zero_grad.*when accumulating, project once, after the last micro-batch"):
+    with pytest.raises(RuntimeError, match="zero_grad.*accumulating, project once, after the last micro-batch"):
         ortho.collect(0)
     assert torch.equal(ortho.rows, before)
     torch.optim.SGD(parameters, lr=1.0).zero_grad()
@@ -851,11 +851,58 @@ def test_made_too_early(now):
         p.data = p.data.to(**now)
     p.grad = torch.zeros_like(p)
     with pytest.raises(
-        RuntimeError, match=rf"is {p.dtype} on {p.device}, and was torch.float32 on cpu; make OrthoLoRA last"
+        RuntimeError, match=rf"torch.float32 parameter on cpu is .* {p.dtype} on {p.device} now; make OrthoLoRA last"
     ):
         ortho.collect(0)
     with pytest.raises(RuntimeError, match="make OrthoLoRA last"):
         ortho.collect_stacked({p: SimpleNamespace(grad=torch.zeros(2, 2, 3))})
+
+
+def test_a_parameter_that_has_another_shape_since():
+    p = nn.Parameter(torch.zeros(2, 3))
+    ortho = OrthoLoRA([[p]], 2)
+    p.data = torch.zeros(4)  # as LoRI's mask makes of B the vector of its active entries
+    p.grad = torch.zeros(4)
+    with pytest.raises(RuntimeError, match=r"a \(2, 3\) torch.float32 parameter on cpu is \(4,\) .*OrthoLoRA last"):
+        ortho.collect(0)
+
+
+def test_a_parameter_that_is_frozen_since_stays_where_it_is():
+    # a .grad of zeros would let Adam go on along its momentum, and decay the weight
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    ortho, optimizer = OrthoLoRA([[p], [q]], 1), torch.optim.AdamW([p, q], lr=0.1)
+    for frozen in (False, True):
+        q.requires_grad_(not frozen)
+        q.grad = None
+        for _ in range(3):
+            optimizer.zero_grad()
+            (p * q).sum().backward()
+            ortho.collect(0)
+            ortho.project()
+            before = p.detach().clone(), q.detach().clone()
+            optimizer.step()
+            assert not torch.equal(p, before[0]) and torch.equal(q, before[1]) == frozen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("make_optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("lay", [lambda x: x.mT, lambda x: x.view(1, 3, 2, 2).to(memory_format=torch.channels_last)])
+def test_a_parameter_that_is_not_contiguous(lay, make_optimizer, fused):
+    # autograd gives .grad the strides of its parameter, and a fused optimizer goes by memory, not by index
+    start, targets = torch.arange(12.0).view(4, 3), torch.randn(3, 12)
+    found = []
+    for projected in (False, True):
+        p = nn.Parameter(lay(start.clone()))
+        ortho, optimizer = OrthoLoRA([[p]], 1), make_optimizer([p], lr=0.1, fused=fused)
+        for target in targets:
+            optimizer.zero_grad()
+            (p.reshape(-1) @ target).square().backward()
+            if projected:
+                ortho.collect(0)
+                ortho.project()
+            optimizer.step()
+        found.append(p.detach())
+    assert not found[0].is_contiguous() and torch.equal(*found)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 24), (3, 8, 24), (2, 24, 8), (2, 24), (2,)])
@@ -901,7 +948,7 @@ def test_bad_arguments():
         (iter([p, q]), 2, None, "a list of lists"),
         ([], 2, None, "no parameter"),
         ([[p], []], 2, None, "no parameter"),
-        ([[p], [q, p]], 2, None, "more than one block"),
+        ([[p], [q, p]], 2, None, "in blocks twice"),
         ([[p]], 0, None, "num_tasks=0"),
         ([[p]], 2, [1.0], r"weights=\[1.0\]"),
         ([[p], [frozen]], 2, None, "frozen"),

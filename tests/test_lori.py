@@ -13,7 +13,7 @@ import transformers as hf
 from tiny import batch, make, one_line, run, tiny
 from torch import nn
 
-from lora import LoRALinear, add_lora, lora_layers, lora_parameters, peft_adapter
+from lora import LoRALinear, add_lora, lora_layers, lora_parameters, peft_adapter, per_task
 from lori import (
     MaskedB,
     adapter,
@@ -447,6 +447,9 @@ def test_a_masked_model_is_an_ordinary_one():
     assert twin.double().block[0]["up"].B.dtype == torch.float64
     says("masked already", MaskedB, model, masks)
     says("MaskedB", insert, model, adapter(mlp()))
+    with pytest.raises(ValueError, match="MaskedB"), per_task(model, [1, 1]):
+        pass
+    assert all(layer.tasks is None for layer in lora_layers(model).values())
 
 
 def test_remove():
@@ -535,6 +538,7 @@ def test_insert_refuses():
     assert all(torch.equal(layer.B, before[path]) for path, layer in lora_layers(model).items())
     plain = nn.ModuleDict({"a": nn.Linear(10, 14), "b": nn.Linear(3, 3)})
     says("for b, whose weight is (3, 3)", insert, plain, {"a": (A, B, scale), "b": (A, B, scale)})
+    says("for b, whose weight is (3, 3)", insert, plain, {"a": (A, B, scale), "b": (A[:0, :3], B[:3, :0], 1.0)})
     assert plain["a"].weight.requires_grad  # nothing was frozen
     for itself in (nn.Linear(10, 14), LoRALinear(nn.Linear(10, 14), 2, 4)):
         says("the model itself is no linear layer in it", insert, itself, {"": (A, B, scale)})
