@@ -40,9 +40,14 @@ def find_device(name, local_rank=0):
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(1, device=device).cpu()  # of "meta" there is none
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:  # the last of a kind that wants a package
         raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device
+
+
+def fast_in_bf16(device):
+    """Whether --dtype auto means bf16: on a GPU that has it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_tuned(encoder, folder, task):
@@ -93,7 +98,10 @@ def adapters_in(folder):
 
 
 def described(folder, args, alone):
-    """What an adapter is scored with: {task, model, revision, glue, max_length}, by its files and the flags."""
+    """What an adapter is scored with: {task, model, revision, glue, max_length}, by its files and the flags.
+
+    And holdout: on how many held-out training rows it was scored when it was made, if not on the validation split.
+    """
     _, metadata, _ = read_header(folder / "adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
     found = {"task": metadata.get("task"), "model": config.get("base_model_name_or_path")}
@@ -101,13 +109,15 @@ def described(folder, args, alone):
     found |= {name: metadata[name] for name in ("revision", "glue", "max_length") if name in metadata}
     given = vars(args) | ({"task": args.tasks} if alone else {})
     found |= {name: given[name] for name in found if given.get(name) is not None}
+    if alone and args.tasks and args.tasks not in TASKS:
+        raise BadInput(f"--tasks {args.tasks}: one adapter is for one task, out of {', '.join(TASKS)}")
     if found["task"] not in TASKS:
         raise BadInput(f"{folder} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
     if not found["model"] or not isinstance(found["model"], str):
         raise BadInput(f"{folder} does not say its base model; give it with --model")
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
         raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
-    return found | {"max_length": int(found["max_length"])}
+    return found | {"max_length": int(found["max_length"]), "holdout": metadata.get("holdout")}
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,6 +130,8 @@ def load_base(name, revision):
 def evaluate(folder, about, device, submit):
     """Score one adapter, and write its test predictions if asked. Returns (rows of the table, paths written)."""
     task, source, length = about["task"], about["glue"], about["max_length"]
+    if not TASKS[task].validation and not submit:
+        raise BadInput(f"{task} has no labels to score by; for the leaderboard's file, give --submit FOLDER")
     encoder, tokenizer = load_base(about["model"], about["revision"])
     if not 8 <= length <= encoder.config.max_length:
         raise BadInput(f"--max-length {length}: {about['model']} takes 8 to {encoder.config.max_length} tokens")
@@ -139,10 +151,9 @@ def evaluate(folder, about, device, submit):
             written.append(write_submission(submit, task, predictions(load_task(task, source, split)), split))
         if task == "mnli":  # its adapter answers the diagnostic set, too, where there is one
             try:
-                examples = load_task("ax", source, "test")
-            except BadInput:
-                return rows, written
-            written.append(write_submission(submit, "ax", predictions(examples), "test"))
+                written.append(write_submission(submit, "ax", predictions(load_task("ax", source, "test")), "test"))
+            except BadInput as e:
+                print(f"NOTICE: no AX.tsv: {e}", file=sys.stderr)
     return rows, written
 
 
@@ -168,6 +179,9 @@ def main(argv=None):
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
+    for folder, said in zip(found, about, strict=True):
+        if said["holdout"]:
+            print(f"NOTICE: {folder.name} was trained with --holdout {said['holdout']}, and scored on those rows then.")
     print(markdown([["adapter", "task", "split", "metrics", "score"], *(row for rows, _ in done for row in rows)]))
     for path in (path for _, paths in done for path in paths):
         print(f"wrote {path}")

@@ -131,6 +131,7 @@ TASKS = {task.name: task for task in (
     Task("wnli", ("sentence1", "sentence2"),  ENTAILMENT[::-1],                 ACC,  "ids",    {"test": "WNLI.tsv"}),
     Task("ax",   ("premise", "hypothesis"),   NLI,                              MCC,  "names",  {"test": "AX.tsv"}, ()),
 )}
+TRAINED = [name for name, task in TASKS.items() if task.validation]
 # fmt: on
 
 

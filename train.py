@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import lora
 import lori
-from evaluate import find_device, load_tuned, predict, scores_in_training
-from glue import TASKS, batches_of_steps, load_data, load_tokenizer, score
+from evaluate import fast_in_bf16, find_device, load_tuned, predict, scores_in_training
+from glue import TASKS, TRAINED, batches_of_steps, load_data, load_tokenizer, score
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA, balance
 from support import runs, table
@@ -80,7 +80,7 @@ class Settings:
     model: str = setting("roberta-base", "checkpoint folder or Hub id: BERT, RoBERTa, XLM-R or DistilBERT")
     revision: str = setting("main", "the model's revision on the Hub")
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
-    tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TASKS)}")
+    tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TRAINED)}")
     methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()))
     seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
     # adapter
@@ -179,7 +179,7 @@ def check(s):
             raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
         if choices and value not in choices:
             raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}")
-    tasks, methods = listed(s.tasks, "tasks", known=TASKS), listed(s.methods, "methods", known=METHODS)
+    tasks, methods = listed(s.tasks, "tasks", known=TRAINED), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
         raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
@@ -196,7 +196,7 @@ def check(s):
     if s.balance and s.task_weights:
         raise BadInput("--balance gives every task the same weight: leave out --task-weights")
     if (s.balance or "balanced" in methods) and s.factors != "AB":
-        raise BadInput(f"--balance with --factors {s.factors}: the other factor stays as it is; leave one out")
+        raise BadInput(f"--factors {s.factors}: --balance, and balanced among --methods, scale A and B; leave one out")
     if s.resume and not s.out:
         raise BadInput("--resume needs --out FOLDER: the folder of the run to go on with")
     if s.batch_size % WORLD:
@@ -457,6 +457,7 @@ def finish(unit, model, encoder, tasks, result, timing, s, masks=None):
     """Save a unit's adapters, score what was saved, and say that it is finished."""
     about = {"method": unit.method, "seed": str(unit.seed)}
     about |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
+    about |= {"holdout": str(s.holdout)} if s.holdout else {}  # else the scores are the validation split's
     result |= {"head_parameters": sum(p.numel() for p in model.heads.parameters()), "tasks": {}}
     for data in tasks:
         folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)
@@ -494,14 +495,15 @@ def load_or_demo(s, given):
         try:
             return agreed(lambda: load(s), everywhere=True)
         except HubError as e:
-            if {"model", "revision", "glue", "tasks"} & given.keys():
+            if {"model", "revision", "glue", "tasks"} & given.keys() or agreed(lambda: runs.is_demo(s.out)) is False:
                 raise
             print(f"NOTICE: {e}.\nSo this is the demo; with files of your own, give --model FOLDER --glue FOLDER.\n")
-    toy = agreed(demo)
-    files = {"model": str(toy / "model"), "glue": str(toy / "glue"), "demo": True}
-    for name, value in (demo_settings(given, WORLD) | files).items():
-        setattr(s, name, value)
+    for name, value in demo_settings(given, WORLD).items():
+        if value != "auto":  # it stands for what `compare` has found
+            setattr(s, name, value)
     check(s)
+    toy = agreed(lambda: demo(s))
+    s.model, s.glue, s.demo = str(toy / "model"), str(toy / "glue"), True
     return agreed(lambda: load(s), everywhere=True)
 
 
@@ -520,8 +522,7 @@ def compare(s, given, argv, workers):
     if s.out:  # before anything is loaded
         agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
     device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
+    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast_in_bf16(device) else "fp32"
     s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
     workers.start(s.jobs)  # so that they import while this loads
     encoder, frozen, tasks = load_or_demo(s, given)
@@ -535,10 +536,7 @@ def compare(s, given, argv, workers):
     units = runs.units(Path(s.out), methods, listed(s.seeds, "seeds", int), [data.name for data in tasks])
     todo = agreed(lambda: runs.unfinished(units))
     print(f"examples to train on: {', '.join(f'{data.name} {len(data.train):,}' for data in tasks)}")
-    print(
-        f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps each, into {s.out}",
-        flush=True,
-    )
+    print(f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps, into {s.out}", flush=True)
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     often = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:

@@ -79,14 +79,22 @@ def agreed(do, everywhere=False):
 
 
 def join_processes(device):
-    """Meet the other processes that torchrun has started, if any. Only the first one goes on to print."""
+    """Meet the other processes that torchrun has started, if any. Only the first one goes on to print.
+
+    Raises BadInput: more processes than GPUs; WORLD_SIZE without the rest, as some schedulers leave it.
+    """
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
     if WORLD > 1:
-        cuda = device != "cpu" and torch.cuda.is_available()
+        cuda, here = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if cuda and here > torch.cuda.device_count():
+            raise BadInput(f"{here} processes on {torch.cuda.device_count()} GPUs: ask torchrun for one on each")
         if cuda:
             torch.cuda.set_device(LOCAL_RANK)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))  # the first one scores
+        try:  # the first one scores, so the others may wait for long
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+        except ValueError as e:
+            raise BadInput(f"WORLD_SIZE is {WORLD}, and torchrun's other variables are not set: {e}") from None
 
 
 def leave_processes():
@@ -209,6 +217,12 @@ def again(argv, out, demo, script="train.py"):
     return f"{'torchrun …' if WORLD > 1 else 'python'} {script} {shlex.join(words)}"
 
 
+def is_demo(out):
+    """Whether the run in `out` is of the demo; None where there is none."""
+    path = Path(out, "settings.json")
+    return read_json(path).get("demo") if out and path.exists() else None
+
+
 def refuse_taken(out, resume, again):
     """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
     if (out / "settings.json").exists() and not resume:
@@ -220,8 +234,8 @@ def refuse_taken(out, resume, again):
 def open_out(out, settings, facts, about, resume, again):
     """Make the out folder, with its settings.json, or hold what binds it, settings and facts, against what is there.
 
-    about binds nothing. All three are as JSON has them. Raises BadInput, naming the first thing that differs, and where
-    the folder can't be written.
+    about binds nothing; of it, methods that are newer than the folder are added. All three are as JSON has them. Raises
+    BadInput, naming the first thing that differs, and where the folder can't be written.
     """
     path, text = out / "settings.json", json.dumps({"settings": settings, "facts": facts, **about}, indent=1)
     try:
@@ -231,12 +245,17 @@ def open_out(out, settings, facts, about, resume, again):
                 temporary.write_text(text + "\n", encoding="utf-8")
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
-    there, bound = read_json(path), settings | facts
-    there = there.get("settings", {}) | there.get("facts", {})
+    known, bound = read_json(path), settings | facts
+    there = known.get("settings", {}) | known.get("facts", {})
     for what in there | bound:
         if (old := there.get(what)) != (new := bound.get(what)):
             hint = " (--jobs means 1; OMP_NUM_THREADS sets it)" if what == "threads" else ""
             raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}{hint}; choose another folder for that")
+    if about.get("methods", {}).keys() - known.get("methods", {}).keys():
+        with locked(out, wait=True):
+            known = read_json(path)
+            known["methods"] = about["methods"] | known.get("methods", {})
+            write_text(path, json.dumps(known, indent=1) + "\n")
 
 
 def facts(encoder, tasks):
@@ -303,7 +322,7 @@ def resume(unit, trained, optimizer, watch, log):
     begin = {}, {"step": 0, "seconds": 0.0, "log": 0}
     tensors, info = agreed(lambda: load_state(unit.state) if unit.state.exists() else begin)
     if not RANK:
-        log.truncate(info["log"])
+        log.truncate(min(info["log"], log.seek(0, os.SEEK_END)))  # less where someone has taken it away
         log.seek(0, os.SEEK_END)
     watch.fill(tensors)
     for key, x in tensors.items():

@@ -196,6 +196,7 @@ def by_task(results, watched="ortho"):
     others = [m for m in ("single", *projected) if m in runs]
     projections = {} if results["settings"].get("balance") else runs.get(watched, {})
     fifths = [run["conflicts"]["fifths"] for run in projections.values()]
+    share = 1 / len(results["tasks"]) if results["settings"].get("combine") == "mean" else 1  # of it the rows have
     seen = ["length", f"{watched}'s weight"] if fifths else []
     rows = [["task", *(f"{m} − joint" for m in others), *seen]]
     for t in results["tasks"]:
@@ -208,10 +209,12 @@ def by_task(results, watched="ortho"):
             ]
             row.append(mean_and_spread(gains) if gains else "")
         if fifths:
-            row.append(f"{np.mean([x['norms'][t][0] for x in fifths]):.2f}")
-            row.append(f"{np.mean([x['effective'][t][0] for x in fifths]):.2f}")
+            row.append(f"{np.mean([x['norms'][t][0] for x in fifths]) / share:.2f}")
+            row.append(f"{np.mean([x['effective'][t][0] for x in fifths]) * share:.2f}")
         rows.append(row)
-    said = "By task, in points. Where single is far above joint, joint training has neglected the task."
+    said = "By task, in points."
+    if "single" in runs:
+        said += " Where single is far above joint, joint training has neglected the task."
     if fifths:
         said += " length: of the task's gradient, its loss's weight included, in the first fifth of the steps."
         said += " weight: how often that gradient is in the update then; 1 as in joint training, 10 ten times as much."
@@ -314,9 +317,9 @@ def write(out):
 
 
 def main(argv):
-    if len(argv) != 1:
+    if len(argv) != 1 or {"-h", "--help"} & set(argv):
         print(__doc__)
-        return 2
+        return 0 if {"-h", "--help"} & set(argv) else 2
     try:
         print(write(argv[0]))
     except (BadInput, OSError) as e:

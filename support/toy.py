@@ -580,9 +580,12 @@ DEMO = {
     "per_task": "stacked",
 }
 WELCOME = """\
-The demo: a toy grammar under the names of four GLUE tasks, and an encoder so small that it is pretrained now, in half
-a minute. Then some two minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others',
-so that its gradient is short. What becomes of sst2? By method:
+The demo: a toy grammar under the names of four GLUE tasks, and an encoder so small that it is pretrained here, once, in
+half a minute.
+"""
+QUESTION = """\
+Then some two minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others', so that
+its gradient is short. What becomes of sst2? By method:
   head      no adapter: what the frozen encoder knows
   single    an adapter of its own for each task
   joint     one adapter for all, their gradients added
@@ -595,17 +598,23 @@ so that its gradient is short. What becomes of sst2? By method:
 def demo_settings(given, processes):
     """train.py's settings for the demo, {name: value}, those that were given first.
 
-    The weights are for the demo's own tasks, and --balance would have none; --jobs is for one process. Raises BadInput.
+    The weights are for the demo's own tasks, and --balance would have none; --jobs is for one process; balanced scales
+    A and B, so it goes with --factors AB alone. Raises BadInput.
     """
     if {"model", "glue"} & given.keys():
         raise BadInput("--demo brings its own model and data: leave out --model and --glue")
-    own = {name: x for name, x in DEMO.items() if name != "task_weights" or not {"tasks", "balance"} & given.keys()}
+    own = dict(DEMO)
+    if given.get("tasks", DEMO["tasks"]) != DEMO["tasks"] or "balance" in given:
+        del own["task_weights"]
+    if given.get("factors", "AB") != "AB":
+        own["methods"] = own["methods"].removesuffix(",balanced")
     return own | {"jobs": min(8, os.cpu_count()) if processes == 1 else 1} | given
 
 
-def demo():
+def demo(s):
     """What the demo runs on: the folder of `make_demo`, without contradictions, after a word on what is to be seen."""
-    print(WELCOME, flush=True)
+    whole = all(getattr(s, name) == DEMO[name] for name in ("tasks", "task_weights", "methods", "steps"))
+    print(WELCOME + QUESTION * whole, flush=True)
     return make_demo(conflict=0.0)
 
 

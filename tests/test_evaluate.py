@@ -71,6 +71,12 @@ def test_one_adapter_alone(finished, capsys):
     assert points == f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}"
 
 
+def test_held_out_rows_are_told_from_the_validation_split(run, tmp_path, capsys):
+    assert run("--tasks sst2 --methods joint --steps 1 --holdout 10")[0] == 0
+    assert evaluate.main([str(tmp_path / "out/joint/seed0")]) is None
+    assert "sst2 was trained with --holdout 10, and scored on those rows then." in capsys.readouterr().out
+
+
 def test_peft_gives_the_tables_numbers(finished, demo):
     out, results = finished
     base = AutoModelForSequenceClassification.from_pretrained(demo / "model", num_labels=3)
@@ -146,7 +152,7 @@ def test_submission(finished, tmp_path, capsys):
     assert all(line.split("\t")[1] in ("0", "1") for line in lines[1:])
 
 
-@pytest.mark.parametrize("ax", [True, False])
+@pytest.mark.parametrize("ax", [True, False, "damaged"])
 def test_submission_of_mnli(finished, tmp_path, capsys, ax):
     """Both of its test splits under their names, and the diagnostic set where there is one; its scores need no ax."""
     glue, out = tmp_path / "glue", finished[0]
@@ -157,15 +163,15 @@ def test_submission_of_mnli(finished, tmp_path, capsys, ax):
     for split in ("validation_matched", "validation_mismatched", "test_matched", "test_mismatched"):
         write_rows(glue / "mnli", rows, split)
     if ax:
-        write_rows(glue / "ax", [row | {"label": -1} for row in rows], "test")
+        write_rows(glue / "ax", [{"premise": row["premise"]} if ax == "damaged" else row for row in rows], "test")
     flags = ["--glue", str(glue), "--submit", str(tmp_path / "submission")]
     assert evaluate.main([str(out / "ortho/seed0/mnli"), *flags]) is None
-    assert list(rows_of(capsys.readouterr().out)) == [
-        ("mnli", "mnli", "validation_matched"),
-        ("mnli", "mnli", "validation_mismatched"),
-    ]
+    said, notice = capsys.readouterr()
+    assert list(rows_of(said)) == [("mnli", "mnli", f"validation_{which}matched") for which in ("", "mis")]
+    assert {True: "", False: "has no task 'ax'", "damaged": "has no column 'hypothesis'"}[ax] in notice
+    assert notice.startswith("NOTICE: no AX.tsv: ") == (ax is not True)
     written = {path.name: path.read_text() for path in (tmp_path / "submission").iterdir()}
-    assert written.keys() == {"MNLI-m.tsv", "MNLI-mm.tsv"} | ({"AX.tsv"} if ax else set())
+    assert written.keys() == {"MNLI-m.tsv", "MNLI-mm.tsv"} | ({"AX.tsv"} if ax is True else set())
     for text in written.values():
         assert re.fullmatch("index\tprediction\n(?:[01]\t(?:entailment|neutral|contradiction)\n){2}", text)
 
@@ -221,7 +227,10 @@ def test_an_adapter_that_does_not_say_its_task(finished, demo, tmp_path, capsys)
         (["OUT/ortho/seed0/sst2", "--device", "nothing"], "--device nothing: "),
         (["OUT/ortho/seed0/sst2", "--device", "meta"], "--device meta: "),
         (["OUT/ortho/seed0/sst2", "--model", "./nowhere"], "there is no model folder ./nowhere"),
-        (["OUT/ortho/seed0/sst2", "--tasks", "sst3"], "does not say its task"),
+        (["OUT/ortho/seed0/sst2", "--tasks", "sst3"], "one adapter is for one task, out of cola, sst2"),
+        (["OUT/ortho/seed0/sst2", "--tasks", "sst2,mnli"], "one adapter is for one task"),
+        (["OUT/ortho/seed0/mnli", "--tasks", "ax"], "give --submit"),
+        (["OUT/ortho/seed0/sst2", "--device", "hpu"], "--device hpu: "),
         (["OUT/ortho/seed0", "--tasks", "sst2"], "adapters, which say their own"),
         (["OUT/ortho/seed0/sst2", "--max-length", "0"], "--max-length 0: "),
         (["OUT/ortho/seed0/sst2", "--submit", "submission"], "no split 'test'"),

@@ -309,6 +309,20 @@ def test_one_of_many_makes_the_folder(tmp_path, resume, words):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
 
 
+def test_methods_that_are_newer_than_the_folder_are_added(tmp_path):
+    for resume, methods in ((False, {"joint": 1}), (True, {"ortho": 2, "joint": 3})):
+        runs.open_out(tmp_path, {"lr": 1}, {}, {"methods": methods}, resume, "python train.py")
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert kept == {"settings": {"lr": 1}, "facts": {}, "methods": {"ortho": 2, "joint": 1}}
+
+
+def test_a_log_that_someone_has_taken_away(run, interrupted):
+    (interrupted / "joint/seed0/log.jsonl").unlink()
+    assert run(interrupted, f"{FLAGS} --resume")[0] == 0
+    lines = (interrupted / "joint/seed0/log.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line) for line in lines)
+
+
 def test_a_unit_is_one_processs(run, interrupted, whole):
     with runs.locked(interrupted / "joint/seed0"):
         before = stamps(interrupted)
@@ -632,6 +646,22 @@ def test_what_ends_one_process_ends_all_with_one_line(demo, tmp_path, kind, word
     assert done.returncode and words in ours(own)
     assert done.stderr.count("Traceback (most recent") == 1 and "ChildFailedError" in done.stderr  # torchrun's
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_torchruns_variables_by_half(demo, tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), *command(demo, tmp_path / "out", BASE)]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MASTER")} | {"RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "torchrun's other variables are not set" in ours(done.stderr)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadInput, match="2 processes on 1 GPUs"):
+        runs.join_processes("auto")
 
 
 def test_the_first_process_alone_looks_at_the_folder(demo, tmp_path):

@@ -181,6 +181,21 @@ def test_balanced_gradients_have_no_lengths(by_hand):
     assert "| task | single − joint | ortho − joint |" in text and "length:" not in text
 
 
+def test_lengths_and_weights_of_a_mean(by_hand):
+    """With --combine mean rows have a T-th of every gradient: lengths are of the whole, weights of what is added."""
+    about = json.loads((by_hand / "settings.json").read_text())
+    about["settings"]["combine"] = "mean"
+    (by_hand / "settings.json").write_text(json.dumps(about))
+    rows = [line.split() for line in table.write(by_hand).splitlines() if line.startswith(("| a ", "| b "))]
+    assert [row[-4:-1:2] for row in rows] == [["4.00", "0.50"], ["8.00", "1.00"]]
+
+
+def test_without_single_nothing_is_said_of_it(by_hand):
+    assert "Where single is far above" in table.write(by_hand)
+    shutil.rmtree(by_hand / "single")
+    assert "Where single is far above" not in table.write(by_hand)
+
+
 def test_the_columns_of_a_table_are_aligned(by_hand):
     lines = [line for line in table.write(by_hand).splitlines() if line.startswith("|")][:7]
     assert len({len(line) for line in lines}) == 1 and set(lines[1]) == set("|-:")
@@ -266,7 +281,8 @@ def test_no_run_there(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert not out and err.startswith("support.table: ") and err.count("\n") == 1 and says in err
     assert not (tmp_path / "nowhere").exists() and not list((tmp_path / "empty").iterdir())
-    assert table.main([]) == 2 and "python -m support.table OUT" in capsys.readouterr().out
+    for arguments, status in (([], 2), (["--help"], 0)):
+        assert table.main(arguments) == status and "python -m support.table OUT" in capsys.readouterr().out
 
 
 def test_units_made_by_other_code_are_told_apart(finished, tmp_path):

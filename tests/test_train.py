@@ -578,7 +578,7 @@ def test_holdout_rows_are_scored_and_not_trained_on(demo, run, tmp_path):
 def test_what_a_run_prints(run, tmp_path):
     status, text, err = run("--tasks sst2 --methods joint --steps 2")
     assert status == 0 and "examples to train on: sst2 64" in text
-    assert "1 of 1 trainings to do, 1 at a time, 2 steps each" in text and f", into {tmp_path / 'out'}\n" in text
+    assert "1 of 1 trainings to do, 1 at a time, 2 steps, into " in text and f", into {tmp_path / 'out'}\n" in text
     assert (tmp_path / "out/results.md").read_text() in text
     assert "joint, seed 0" in err and "batch" in err
 
@@ -666,6 +666,7 @@ def test_lori_trains_no_A(run, tmp_path):
     "flags, says",
     [
         ("--tasks sst3", "--tasks: unknown 'sst3'"),
+        ("--tasks mnli,ax", "--tasks: unknown 'ax'"),
         ("--tasks sst2,sst2", "--tasks 'sst2,sst2': give each one once"),
         ("--methods ortho,magic", "--methods: unknown 'magic'"),
         ("--targets nothing", "target 'nothing' matches no linear layer"),
@@ -696,7 +697,7 @@ def test_lori_trains_no_A(run, tmp_path):
         ("--methods lori-ortho --factors A", "--factors A: lori-ortho"),
         ("--methods single,head --balance", "--balance: no shared adapter"),
         ("--balance --task-weights 1,2", "leave out --task-weights"),
-        ("--balance --factors A", "--balance with --factors A"),
+        ("--balance --factors A", "--factors A: --balance"),
         ("--jobs 0", "--jobs 0 is outside"),
         ("--save-every -1", "--save-every -1.0 is outside"),
         ("--glue ~nobody-of-that-name/glue", "no GLUE folder ~nobody"),
@@ -827,9 +828,9 @@ def test_a_gpu_without_memory_left_is_one_line(run, monkeypatch):
 # Without the Hub
 
 SMALL_DEMO = """
-import functools, sys, train
+import sys, train
 from support import toy
-train.demo = functools.partial(toy.make_demo, steps=5, rows=64, quiet=True)
+train.demo = lambda s: toy.make_demo(steps=5, rows=64, quiet=True)
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -846,7 +847,7 @@ def without_hub(tmp_path, *flags):
 
 
 def test_bare_command_falls_back_to_the_demo(tmp_path):
-    done = without_hub(tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0")
+    done = without_hub(tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0", "--dtype", "auto")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loading roberta-base") and "So this is the demo" in done.stdout
     assert f"1 of 1 trainings to do, {min(8, os.cpu_count())} at a time" in done.stdout
@@ -855,6 +856,7 @@ def test_bare_command_falls_back_to_the_demo(tmp_path):
     assert re.fullmatch(r"demo-\d{8}-\d{6}", made) and re.fullmatch("toy-[0-9a-f]{8}", files)
     results = results_of(tmp_path / "runs" / made)
     assert results["demo"] is True and results["settings"]["lr"] == toy.DEMO["lr"]
+    assert results["settings"]["dtype"] == "fp32"  # auto was resolved, or the folder would bind the word
 
 
 def test_the_demo_fits_what_is_asked_of_it():
@@ -862,10 +864,20 @@ def test_the_demo_fits_what_is_asked_of_it():
     own = toy.demo_settings({}, 1)
     assert own["task_weights"] == "0.1,1,1,1" and own["jobs"] == min(8, os.cpu_count())
     assert toy.demo_settings({}, 2)["jobs"] == 1
+    assert toy.demo_settings({"tasks": toy.DEMO["tasks"]}, 1)["task_weights"] == own["task_weights"]
     for given in ({"tasks": "sst2,mrpc"}, {"balance": True}, {"task_weights": "1,2,3,4", "steps": 3}):
         found = toy.demo_settings(given, 1)
         assert found.items() >= given.items() and found.get("task_weights") == given.get("task_weights")
         train.check(train.Settings(**found))
+    train.check(train.Settings(**toy.demo_settings({"factors": "A"}, 1)))  # without balanced, which scales A and B
+
+
+def test_the_demo_asks_its_question_of_its_own_settings_alone(monkeypatch, capsys):
+    monkeypatch.setattr(toy, "make_demo", lambda conflict: conflict)
+    for given in ({}, {"methods": "lori-d"}, {"tasks": "mrpc"}, {"balance": True}):
+        toy.demo(train.Settings(**toy.demo_settings(given, 1)))
+        said = capsys.readouterr().out
+        assert said.startswith("The demo: a toy grammar") and ("counts a tenth" in said) == (not given)
 
 
 @pytest.mark.parametrize("flags", [["--model", "roberta-base"], ["--glue", "nyu-mll/glue"], ["--tasks", "rte"]])
@@ -889,13 +901,23 @@ def test_an_interrupted_fallback_says_demo(demo, monkeypatch, tmp_path, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "load", load)
-    monkeypatch.setattr(train, "demo", lambda: demo)
+    monkeypatch.setattr(train, "demo", lambda s: demo)
     monkeypatch.setattr(train, "run", interrupted)
     assert train.main(["--steps", "2", "--jobs", "1"]) == 130
     (out,) = (tmp_path / "runs").iterdir()
     last = capsys.readouterr().err.splitlines()[-1]
     words = f"--steps 2 --jobs 1 --demo --out runs/{out.name} --resume"
     assert last == f"train.py: interrupted; to go on: python train.py {words}"
+
+
+def test_a_hub_that_is_down_makes_no_demo_of_a_run_on_glue(finished, tmp_path, monkeypatch, capsys):
+    def load(s):
+        raise HubError("no Hub")
+
+    out = shutil.copytree(finished[0], tmp_path / "out")
+    monkeypatch.setattr(train, "load", load)
+    monkeypatch.setattr(train, "demo", lambda s: pytest.fail("the demo"))
+    assert train.main(["--out", str(out), "--resume"]) == 2 and capsys.readouterr().err == "train.py: no Hub\n"
 
 
 def test_help_names_every_setting(capsys):
