@@ -1,11 +1,13 @@
 """Two tasks that contradict each other on real text, and want the same of it otherwise: a folder in GLUE's layout.
 
     python experiments/flipped.py FOLDER --glue GLUE --share 1 --seed 0
+    … --holdout 500     so many training rows, the same of both tasks, in the validation split's place
 
 A construction, not GLUE. Both tasks ask of the same rows whether two texts mean the same: half are STS-B's sentences
 (yes from a score of 3.5 on, no up to 2.5, those between are left out), half are QQP's questions. Task A ("mrpc") has
 these labels; task B ("qqp") has those of the questions turned for --share 1, and is the same as A for --share 0. In all
-four quarters, sentences and questions, yes and no, there are equally many rows.
+four quarters, sentences and questions, yes and no, there are equally many rows. Settings are chosen with --holdout here
+and not train.py's, which draws rows task by task: what A held out would be mostly among what B is trained on.
 """
 
 import argparse
@@ -46,11 +48,13 @@ def mixture(glue, split, rng):
     return rng.sample(drawn, len(drawn))
 
 
-def make(glue, share, seed):
+def make(glue, share, seed, holdout=0):
     """{task: {split: [{column: value}]}}"""
     rng, tasks = random.Random(seed), {task: {} for task in NAMES}
-    for split in QUARTER:
-        rows = mixture(glue, split, rng)
+    mixtures = {split: mixture(glue, split, rng) for split in QUARTER}
+    if holdout:
+        mixtures["validation"], mixtures["train"] = mixtures["train"][:holdout], mixtures["train"][holdout:]
+    for split, rows in mixtures.items():
         for task, columns in NAMES.items():
             turn = share == 1 and task == "qqp"
             tasks[task][split] = [
@@ -66,9 +70,10 @@ def main(argv=None):
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
     parser.add_argument("--share", type=float, choices=(0, 1), default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--holdout", type=int, default=0, help="training rows to score on [0: the validation split's]")
     args = parser.parse_args(argv)
     try:
-        tasks = make(args.glue, args.share, args.seed)
+        tasks = make(args.glue, args.share, args.seed, args.holdout)
         write_glue(args.folder, tasks, "two tasks made of STS-B and QQP, not GLUE")
     except (BadInput, OSError) as e:
         print(f"flipped.py: {e}", file=sys.stderr)

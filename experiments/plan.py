@@ -21,7 +21,7 @@ class Cell:
     flags: str  # of every row
     rows: dict  # {row: flags}
     seeds: range
-    data: str = "glue"  # or "toy P", a world of the grammar for each seed; or "flipped P", by experiments/flipped.py
+    data: str = "glue"  # or "toy P", a world of the grammar for each seed; or "flipped P [HOLDOUT]", by flipped.py
     script: str = "experiments/controls.py"
 
 
@@ -188,7 +188,7 @@ CONTRADICTION_CELLS = {
     ),
     # what ortho and the sham do where nothing contradicts
     "p = 0": Cell(CONTRADICTION_AT_RATE, TWO | SHUFFLED, range(4), "flipped 0"),
-    "search, p = 1": Cell(f"{CONTRADICTION} --holdout 500", at((1e-3, 2e-3, 4e-3), **THREE), SEARCH, "flipped 1"),
+    "search, p = 1": Cell(CONTRADICTION, at((1e-3, 2e-3, 4e-3), **THREE), SEARCH, "flipped 1 500"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

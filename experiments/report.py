@@ -194,8 +194,8 @@ def score_table(rows, tasks):
         loss = list(values(found, "", "loss").values())
         table[-1] += ["" if np.isnan(loss).any() else mean_and_spread(loss, 3)]
         table[-1] += [", ".join(f"{task} {n}" for task, n in collapsed(found).items()), str(len(found))]
-    guess = next(iter(next(iter(rows.values())).values()))["majority"]
-    chance = [guess[task] for task in tasks]
+    guesses = [unit["majority"] for unit in next(iter(rows.values())).values()]  # a toy world has its own
+    chance = [np.mean([guess[task] for guess in guesses]) for task in tasks]
     return [table[0], ["majority class", *(f"{x:.1f}" for x in [*chance, np.mean(chance)]), "", "", ""], *table[1:]]
 
 
@@ -224,8 +224,10 @@ def less(rows, base):
 
 def weight_table(rows, tasks):
     """Effective weights and norms of the tasks' gradients, medians over the seeds, in the first and the last fifth of
-    the steps; how many pairs of gradients conflict, and their mean cosine, with its interval over the seeds."""
-    table, norms = [["weights, first → last fifth", *tasks, "pairs in conflict", "their cosine, all pairs"]], []
+    the steps; how many pairs of gradients conflict, and their mean cosine, with its interval over the seeds; what
+    projection, or a sham, changes of a gradient, in shares of its length."""
+    heading = ["weights, first → last fifth", *tasks, "pairs in conflict", "cosine, all pairs", "changed"]
+    table, norms, of = [heading], [], ""
 
     def course(seen, what, task, digits):
         ends = (np.median([x["fifths"][what][task][k] for x in seen]) for k in (0, -1))
@@ -236,10 +238,16 @@ def weight_table(rows, tasks):
         if any(x["fifths"]["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
             weights = [course(seen, "effective", t, "1f") for t in tasks]
             rate = f"{100 * np.mean([x['rate'] for x in seen]):.1f} %"
-            table.append([row, *weights, rate, signed(interval([x["cosine"] for x in seen]), 3)])
-            norms = norms or [course(seen, "norms", t, "2g") for t in tasks]
+            removed = f"{100 * np.mean([x['removed'] for x in seen]):.0f} %"
+            table.append([row, *weights, rate, signed(interval([x["cosine"] for x in seen]), 3), removed])
+            if not norms:
+                norms, of = [course(seen, "norms", t, "2g") for t in tasks], row
     said = ", ".join(f"{t} {x}" for t, x in zip(tasks, norms, strict=False))
-    return table, f"Lengths of the tasks' gradients, first → last fifth: {said}. Medians of seeds." if norms else ""
+    note = (
+        f"Lengths of the tasks' gradients, `{of}`, first → last fifth: {said}. Medians of seeds, of means over steps, "
+        "which for a weight a few steps with hardly a gradient can make. Changed: mean |v − g| / |g|."
+    )
+    return table, note if norms else ""
 
 
 def recovered(rows, tasks, row):
@@ -443,22 +451,24 @@ def trained_and_merged(rows):
 
 
 def search_table(rows):
-    """What rates, or weights, were chosen by: means over the seeds, on rows held out."""
-    grid = {}
+    """What rates, or weights, were chosen by: means over the seeds, on rows held out; the best where all are there."""
+    grid, seeds = {}, {}
     for row, found in rows.items():
         method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
         tasks = list(entry(next(iter(found.values())))["tasks"])
         means = {task: np.mean(list(values(found, task).values())) for task in tasks}
         grid.setdefault(method, {})[float(rate)] = means | {"average": np.mean(list(means.values()))}
+        seeds.setdefault(method, set()).add(len(found))
     columns = sorted({rate for rates in grid.values() for rate in rates})
-    table = [["held out", "score", *(f"{rate:g}" for rate in columns)]]
+    table = [["held out", "score", *(f"{rate:g}" for rate in columns), "seeds"]]
     for method, rates in grid.items():
         by_task = method in METHODS and METHODS[method].own  # an adapter of each task's own: its best rate, too
         for score in next(iter(rates.values())) if by_task else ["average"]:
             best = max(rates, key=lambda rate: rates[rate][score])
             cells = [f"{rates[r][score]:.1f}" if r in rates else "" for r in columns]
-            cells[columns.index(best)] = f"**{rates[best][score]:.1f}**"
-            table.append([method, score, *cells])
+            if len(seeds[method]) == 1:
+                cells[columns.index(best)] = f"**{rates[best][score]:.1f}**"
+            table.append([method, score, *cells, " to ".join(map(str, sorted(seeds[method])))])
     return table
 
 
@@ -581,7 +591,7 @@ def contrast_table():
         table.append([*start, signed(interval(x)), *p, words, f"{detectable(x):.1f}"])
     note = (
         "Intervals are each contrast's own. p: the exact one of signs alone; and the paired t test's after Holm's "
-        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, up to 30 % more."
+        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, up to a third more."
     )
     if not complete:
         note += " A contrast that is not there yet counts as p = 1: what is shown stays shown, what is not may yet be."

@@ -84,14 +84,16 @@ making = threading.Lock()
 
 def data_of(unit, args):
     """(model, GLUE): as given, or made for the unit's cell, and seed, where they are not there yet."""
-    kind, _, share = unit.cell.data.partition(" ")
+    kind, *made = unit.cell.data.split()
     if kind == "glue":
         return args.model, args.glue
-    folder = Path(args.out).resolve() / (f"toy-{share}-{unit.seed}" if kind == "toy" else f"flipped-{share}")
+    share, holdout = (*made, "0")[:2]
+    folder = Path(args.out).resolve() / "-".join([kind, *made, *[str(unit.seed)] * (kind == "toy")])
     with making:  # one at a time, so none twice
         if not (folder / "made").exists():
             toy = ["-m", "support.toy", str(folder), "--seed", str(unit.seed), "--conflict", share]
             flipped = ["experiments/flipped.py", str(folder), "--glue", str(args.glue), "--share", share]
+            flipped += ["--holdout", holdout]
             command = [sys.executable, *(toy if kind == "toy" else flipped)]
             if code := subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD).returncode:
                 raise SystemExit(f"{shlex.join(command)}\nended with {code}")

@@ -521,6 +521,14 @@ def test_a_flipped_folder_is_one_that_train_py_reads(tmp_path, pairs, demo):
     assert b.validation_labels.tolist() == [row["label"] for row in tasks["qqp"]["validation"]]
 
 
+def test_rows_held_out_of_both_flipped_tasks_are_the_same(pairs):
+    whole, (a, b) = flipped.make(str(pairs), 1, 0), flipped.make(str(pairs), 1, 0, holdout=5).values()
+    for task, splits in (("mrpc", a), ("qqp", b)):
+        assert splits["validation"] + splits["train"] == whole[task]["train"] and len(splits["validation"]) == 5
+    held = [[row["sentence1"] for row in a["validation"]], [row["question1"] for row in b["validation"]]]
+    assert held[0] == held[1] and not set(held[0]) & {row["question1"] for row in b["train"]}
+
+
 def test_too_few_rows_are_said(tmp_path, pairs, monkeypatch, capsys):
     monkeypatch.setattr(flipped, "QUARTER", {"train": 5, "validation": 3})
     assert flipped.main([str(tmp_path / "out"), f"--glue={pairs}"]) == 2

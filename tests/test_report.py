@@ -188,12 +188,34 @@ def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
 def test_a_search_marks_the_best_rate():
     rows = {"single at 0.001": {0: unit(0, 60, 80)}, "single at 0.01": {0: unit(0, 70, 70)}}
     table = report.search_table(rows)
-    assert table[0] == ["held out", "score", "0.001", "0.01"]
+    assert table[0] == ["held out", "score", "0.001", "0.01", "seeds"]
     assert table[1:] == [
-        ["single", "sst2", "60.0", "**70.0**"],
-        ["single", "mrpc", "**80.0**", "70.0"],
-        ["single", "average", "**70.0**", "70.0"],
+        ["single", "sst2", "60.0", "**70.0**", "1"],
+        ["single", "mrpc", "**80.0**", "70.0", "1"],
+        ["single", "average", "**70.0**", "70.0", "1"],
     ]
+    rows["single at 0.01"][1] = unit(1, 90, 70)  # one rate has a seed more, so that none is the best yet
+    assert report.search_table(rows)[1] == ["single", "sst2", "60.0", "80.0", "1 to 2"]
+
+
+def test_weights_and_what_is_changed():
+    def of(weight, norm, removed):
+        fifths = {"effective": {"sst2": [weight, 1.0], "mrpc": [1.0, 1.0]}, "norms": {"sst2": [norm], "mrpc": [2.0]}}
+        made = unit(0, 60, 80)
+        report.entry(made)["conflicts"] = {"rate": 0.5, "cosine": 0.1, "removed": removed, "fifths": fifths}
+        return made
+
+    rows = {"joint, balanced": {0: of(1.0, 9.0, 0.0)}, "ortho": {0: of(3.0, 0.5, 0.25), 1: of(4.0, 0.7, 0.35)}}
+    rows["ortho, agree"] = {0: of(5.0, 8.0, 0.4)}
+    table, note = report.weight_table(rows, ["sst2", "mrpc"])
+    (name, sst2, mrpc, rate, _, changed), _ = table[1:]  # joint's weights are 1
+    assert (name, sst2, mrpc, rate, changed) == ("ortho", "3.5 → 1.0", "1.0 → 1.0", "50.0 %", "30 %")
+    assert "`ortho`, first → last fifth: sst2 0.6 → 0.6, mrpc 2 → 2." in note
+
+
+def test_the_majority_class_is_that_of_all_worlds():
+    rows = {"joint": {0: unit(0, 60, 80), 1: unit(1, 60, 80) | {"majority": {"sst2": 60.0, "mrpc": 30.0}}}}
+    assert report.score_table(rows, ["sst2", "mrpc"])[1][:4] == ["majority class", "55.0", "50.0", "52.5"]
 
 
 def test_merges_are_searched_by_the_rate_of_what_they_are_made_of():
@@ -206,15 +228,15 @@ def test_merges_are_searched_by_the_rate_of_what_they_are_made_of():
     rows = {"lori-s at 0.001": of(70, 60, 64), "lori-s at 0.01": of(72, 68, 66)}
     trained, merges = map(report.search_table, report.trained_and_merged(rows))
     assert trained == [
-        ["held out", "score", "0.001", "0.01"],
-        ["lori-s", "sst2", "70.0", "**72.0**"],
-        ["lori-s", "mrpc", "**80.0**", "80.0"],
-        ["lori-s", "average", "75.0", "**76.0**"],
+        ["held out", "score", "0.001", "0.01", "seeds"],
+        ["lori-s", "sst2", "70.0", "**72.0**", "1"],
+        ["lori-s", "mrpc", "**80.0**", "80.0", "1"],
+        ["lori-s", "average", "75.0", "**76.0**", "1"],
     ]
     assert merges == [
-        ["held out", "score", "0.5", "1"],
-        ["lori-s-merged of 0.001", "average", "70.0", "**72.0**"],
-        ["lori-s-merged of 0.01", "average", "**74.0**", "73.0"],
+        ["held out", "score", "0.5", "1", "seeds"],
+        ["lori-s-merged of 0.001", "average", "70.0", "**72.0**", "1"],
+        ["lori-s-merged of 0.01", "average", "**74.0**", "73.0", "1"],
     ]
 
 
