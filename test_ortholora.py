@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchjd.aggregation import PCGrad
 
-from ortholora import OrthoLoRA, balance, project_conflicting, projection_coefficients
+from ortholora import OrthoLoRA, balance, project_conflicting, projection_coefficients, sequential_coefficients
 
 SHAPES = [[(8, 24)], [(24, 8)], [(5,), (3, 4)], [(8, 24)], [(1,)]]  # five blocks; the third is of two tensors
 
@@ -68,8 +68,11 @@ def test_two_conflicting_gradients():
 
 def test_sequential_reference_differs():
     # v1 = (.5, .5) as before, but g2 now meets v1, not g1: <g2, v1> = 0, so v2 = g2.
-    v = project_conflicting(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), [[1], [0]], sequential=True)
+    grads, order = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), [[1], [0]]
+    v = project_conflicting(grads, order, sequential=True)
     assert v.sum(0).tolist() == [-0.5, 1.5]
+    C = sequential_coefficients((grads @ grads.mT)[None], order)  # a list, as its siblings take it
+    assert torch.equal(C[0] @ grads, v)
 
 
 def test_weights_by_hand():
