@@ -117,7 +117,8 @@ def described(folder, args, alone):
         raise BadInput(f"{folder} does not say its base model; give it with --model")
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
         raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
-    return found | {"max_length": int(found["max_length"]), "holdout": metadata.get("holdout")}
+    held = re.fullmatch("[1-9][0-9]{0,8}", metadata.get("holdout", ""))
+    return found | {"max_length": int(found["max_length"]), "holdout": held and held[0]}
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,9 +152,11 @@ def evaluate(folder, about, device, submit):
             written.append(write_submission(submit, task, predictions(load_task(task, source, split)), split))
         if task == "mnli":  # its adapter answers the diagnostic set, too, where there is one
             try:
-                written.append(write_submission(submit, "ax", predictions(load_task("ax", source, "test")), "test"))
+                examples = load_task("ax", source, "test")
             except BadInput as e:
                 print(f"NOTICE: no AX.tsv: {e}", file=sys.stderr)
+            else:
+                written.append(write_submission(submit, "ax", predictions(examples), "test"))
     return rows, written
 
 

@@ -20,7 +20,7 @@ def project_conflicting(grads, order, sequential=False):
     grads: (T, n), row i is g_i. order: (T, T - 1), row i names the other tasks in the order in which g_i meets them.
     Returns (T, n), row i is v_i. The g_j that v_i is held against is the original one (PCGrad's rule);
     `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is in conflict with
-    nobody, and one so short that its square is zero in this dtype counts as zero. A square that overflows gives NaN.
+    nobody, and one so short that its square is zero in this dtype counts as zero (a square may overflow, too: cast up).
     """
     v = grads.clone()
     references = v if sequential else grads
@@ -53,7 +53,7 @@ def projection_coefficients(gram, order):
 
 
 def sequential_coefficients(gram, order):
-    """C, as above, where v_i meets v_j, not g_j, pair by pair. A v_j that is but rounding beside g_j counts as zero."""
+    """C, in gram's dtype, where v_i meets v_j, not g_j. A v_j that is but rounding error beside g_j counts as zero."""
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     noise = 100 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2)  # (blocks, T)
     for i, others in enumerate(torch.as_tensor(order).tolist()):
@@ -271,7 +271,7 @@ class OrthoLoRA:
         torch._foreach_add_(*zip(*pairs, strict=True), alpha=float(self.weights[task]))
 
     def project(self, order=None):
-        """Write sum_i v_i into every .grad, zeros where no task had a gradient, clear the rows, and return `Conflicts`.
+        """Write sum_i v_i into .grad (zeros where no task had one; nothing where frozen), clear the rows: `Conflicts`.
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
         rows add up, and are watched. What isn't finite makes .grad not finite, so GradScaler skips the step. With

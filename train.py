@@ -569,7 +569,7 @@ def main(argv=None):
         error, status = "interrupted" + (f"; to go on: {runs.again(argv, s.out, s.demo)}" if begun else ""), 130
     finally:
         runs.leave_processes()
-    if not RANK:
+    if not LOCAL_RANK:  # one on every machine, since it may be that machine's alone
         print(f"train.py: {error}", file=sys.stderr)
     return status
 

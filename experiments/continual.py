@@ -120,7 +120,7 @@ def run(unit, encoder, frozen, tasks, s, bar):
             used.append(masks)
         matrix.append(list(scores_in_training(model, encoder, tasks[: k + 1]).values()))
     about = {"method": unit.method, "seed": str(unit.seed), "revision": s.revision, "glue": s.glue}
-    about["max_length"] = str(s.max_length)
+    about |= {"max_length": str(s.max_length)} | ({"holdout": str(s.holdout)} if s.holdout else {})
     for k, data in enumerate(tasks):
         folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)
         if used:

@@ -6,8 +6,9 @@
 A construction, not GLUE. Both tasks ask of the same rows whether two texts mean the same: half are STS-B's sentences
 (yes from a score of 3.5 on, no up to 2.5, those between are left out), half are QQP's questions. Task A ("mrpc") has
 these labels; task B ("qqp") has those of the questions turned for --share 1, and is the same as A for --share 0. In all
-four quarters, sentences and questions, yes and no, there are equally many rows. Settings are chosen with --holdout here
-and not train.py's, which draws rows task by task: what A held out would be mostly among what B is trained on.
+four quarters, sentences and questions, yes and no, there are equally many rows (about, with --holdout). Settings are
+chosen with --holdout here and not train.py's, which draws rows task by task: what A held out would be mostly among what
+B is trained on.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def make(glue, share, seed, holdout=0):
     """{task: {split: [{column: value}]}}"""
     rng, tasks = random.Random(seed), {task: {} for task in NAMES}
     mixtures = {split: mixture(glue, split, rng) for split in QUARTER}
+    if not 0 <= holdout < len(mixtures["train"]):
+        raise BadInput(f"--holdout {holdout}: there are {len(mixtures['train'])} training rows")
     if holdout:
         mixtures["validation"], mixtures["train"] = mixtures["train"][:holdout], mixtures["train"][holdout:]
     for split, rows in mixtures.items():

@@ -112,15 +112,17 @@ def score_and_loss(axes, task, logs, results, methods):
     logarithmic(axes[1])
 
 
-def weights_and_norms(axes, tasks, logs, results):
-    """A projected method's effective weights, from its log, and gradient norms, of which it has fifths."""
+def weights_and_norms(axes, tasks, logs, results, share):
+    """A projected method's effective weights, from its log, and gradient norms, of which it has fifths.
+
+    share: what the rows have of a gradient, 1 / T with --combine mean. Its length is that of the whole."""
     norms = [next(iter(found.values()))["conflicts"]["fifths"]["norms"] for found in results.values() if found]
     end = max((e["step"] + 1 for seed in logs.values() for e in next(iter(seed.values()))), default=1)
     for k, task in enumerate(tasks):
         steps, values = curve(logs, task, lambda e, t: e.get("effective", {}).get(t))
         if len(steps):
-            draw_curve(axes[0], steps, smoothed(values), k, task)
-        values = np.array([x[task] for x in norms])  # (seeds, fifths)
+            draw_curve(axes[0], steps, smoothed(values) * share, k, task)
+        values = np.array([x[task] for x in norms]) / share  # (seeds, fifths)
         if values.size:
             middles = (np.arange(values.shape[1]) + 0.5) * end / values.shape[1]
             draw_curve(axes[1], middles, values, k, task)
@@ -180,7 +182,8 @@ def draw(out, method=""):
     parts[0].legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
     if method:
         below = parts[1].subplots(1, 3)
-        weights_and_norms(below[:2], tasks, logs[method], results[method])
+        share = 1 / len(tasks) if about["settings"].get("combine") == "mean" else 1
+        weights_and_norms(below[:2], tasks, logs[method], results[method], share)
         handles, labels = below[0].get_legend_handles_labels()
         title = f"{method}: what the projection does"
         parts[1].legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False, title=title)

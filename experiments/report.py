@@ -238,7 +238,8 @@ def weight_table(rows, tasks):
         if any(x["fifths"]["effective"][t][0] != 1 for x in seen for t in tasks):  # joint's are 1
             weights = [course(seen, "effective", t, "1f") for t in tasks]
             rate = f"{100 * np.mean([x['rate'] for x in seen]):.1f} %"
-            removed = f"{100 * np.mean([x['removed'] for x in seen]):.0f} %"
+            removed = 100 * np.median([x["removed"] for x in seen])
+            removed = f"{removed:.0f} %" if removed < 1000 else "> 1000 %"  # a sham's, where a gradient is hardly there
             table.append([row, *weights, rate, signed(interval([x["cosine"] for x in seen]), 3), removed])
             if not norms:
                 norms, of = [course(seen, "norms", t, "2g") for t in tasks], row
@@ -450,8 +451,8 @@ def trained_and_merged(rows):
     return trained, merges
 
 
-def search_table(rows):
-    """What rates, or weights, were chosen by: means over the seeds, on rows held out; the best where all are there."""
+def search_table(rows, whole):
+    """What rates, or weights, were chosen by: means over the seeds, on rows held out; the best is marked if `whole`."""
     grid, seeds = {}, {}
     for row, found in rows.items():
         method, rate = re.fullmatch("(.+?)(?: at |, weight )(.+)", row).groups()
@@ -464,11 +465,11 @@ def search_table(rows):
     for method, rates in grid.items():
         by_task = method in METHODS and METHODS[method].own  # an adapter of each task's own: its best rate, too
         for score in next(iter(rates.values())) if by_task else ["average"]:
-            best = max(rates, key=lambda rate: rates[rate][score])
+            of, best = seeds[method], max(rates, key=lambda rate: rates[rate][score])
             cells = [f"{rates[r][score]:.1f}" if r in rates else "" for r in columns]
-            if len(seeds[method]) == 1:
+            if whole:
                 cells[columns.index(best)] = f"**{rates[best][score]:.1f}**"
-            table.append([method, score, *cells, " to ".join(map(str, sorted(seeds[method])))])
+            table.append([method, score, *cells, " to ".join(f"{n}" for n in sorted({min(of), max(of)}))])
     return table
 
 
@@ -528,9 +529,10 @@ def experiment_table(folder):
             parts += [f"{name}, where the gap's other end is the `single` of W = 1:", *found]
     for name, rows in cells.items():
         if name.startswith("search"):
-            merging = EXPERIMENTS[folder.name][1][name].script == "experiments/merging.py"
-            tables = trained_and_merged(rows) if merging else [rows]
-            parts += [f"### {name}", *(markdown(search_table(found)) for found in tables)]
+            cell = EXPERIMENTS[folder.name][1][name]
+            tables = trained_and_merged(rows) if cell.script == "experiments/merging.py" else [rows]
+            whole = all(len(rows.get(row, ())) == len(cell.seeds) for row in cell.rows)
+            parts += [f"### {name}", *(markdown(search_table(found, whole)) for found in tables)]
     return "\n\n".join([*parts, origin(folder.name, cells)]) + "\n"
 
 

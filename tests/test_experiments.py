@@ -526,6 +526,8 @@ def test_rows_held_out_of_both_flipped_tasks_are_the_same(pairs):
     for task, splits in (("mrpc", a), ("qqp", b)):
         assert splits["validation"] + splits["train"] == whole[task]["train"] and len(splits["validation"]) == 5
     held = [[row["sentence1"] for row in a["validation"]], [row["question1"] for row in b["validation"]]]
+    with pytest.raises(flipped.BadInput, match="--holdout 16: there are 16 training rows"):
+        flipped.make(str(pairs), 1, 0, holdout=16)
     assert held[0] == held[1] and not set(held[0]) & {row["question1"] for row in b["train"]}
 
 

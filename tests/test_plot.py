@@ -67,6 +67,16 @@ def test_weights_lengths_and_conflicts_are_the_results(on_the_way):
     )
 
 
+def test_a_mean_s_lengths_and_weights_are_those_of_the_table(on_the_way, tmp_path):
+    out = shutil.copytree(on_the_way, tmp_path / "mean")
+    about = json.loads((out / "settings.json").read_text())
+    about["settings"]["combine"] = "mean"  # as if the rows had half of each of the two tasks' gradients
+    (out / "settings.json").write_text(json.dumps(about))
+    for label, factor in (("length of the gradient", 2), ("effective weight (joint: 1)", 0.5)):
+        sums, means = (lines_of(axes_of(plot.draw(folder))[label])["mrpc"][1] for folder in (on_the_way, out))
+        assert np.allclose(means, factor * sums)
+
+
 def test_without_scores_on_the_way_the_end_is_a_point_and_without_projection_there_is_no_third_row(finished, tmp_path):
     out, results = finished
     found = lines_of(axes_of(plot.draw(out))["mnli"])

@@ -187,7 +187,7 @@ def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
 
 def test_a_search_marks_the_best_rate():
     rows = {"single at 0.001": {0: unit(0, 60, 80)}, "single at 0.01": {0: unit(0, 70, 70)}}
-    table = report.search_table(rows)
+    table = report.search_table(rows, whole=True)
     assert table[0] == ["held out", "score", "0.001", "0.01", "seeds"]
     assert table[1:] == [
         ["single", "sst2", "60.0", "**70.0**", "1"],
@@ -195,7 +195,7 @@ def test_a_search_marks_the_best_rate():
         ["single", "average", "**70.0**", "70.0", "1"],
     ]
     rows["single at 0.01"][1] = unit(1, 90, 70)  # one rate has a seed more, so that none is the best yet
-    assert report.search_table(rows)[1] == ["single", "sst2", "60.0", "80.0", "1 to 2"]
+    assert report.search_table(rows, whole=False)[1] == ["single", "sst2", "60.0", "80.0", "1 to 2"]
 
 
 def test_weights_and_what_is_changed():
@@ -226,7 +226,7 @@ def test_merges_are_searched_by_the_rate_of_what_they_are_made_of():
         return {0: unit(0, 0, 0) | {"results": {m: unit(0, x, 80)["results"]["joint"] for m, x in scores.items()}}}
 
     rows = {"lori-s at 0.001": of(70, 60, 64), "lori-s at 0.01": of(72, 68, 66)}
-    trained, merges = map(report.search_table, report.trained_and_merged(rows))
+    trained, merges = (report.search_table(x, whole=True) for x in report.trained_and_merged(rows))
     assert trained == [
         ["held out", "score", "0.001", "0.01", "seeds"],
         ["lori-s", "sst2", "70.0", "**72.0**", "1"],

@@ -485,9 +485,12 @@ def test_two_processes_are_one(run, demo, tmp_path, size, how):
 def test_what_torchrun_can_not_do(run, tmp_path, monkeypatch, flags, says):
     monkeypatch.setattr(train, "WORLD", 2)
     assert_refused(run(f"--tasks sst2 --steps 2 {flags}"), says)
-    monkeypatch.setattr(train, "RANK", 1)  # all processes end, and one says why
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setattr(train, name, 1)  # all processes end, and one of each machine says why
     status, text, err = run(f"--tasks sst2 --steps 2 {flags}")
     assert status == 2 and not text and not err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(train, "LOCAL_RANK", 0)
+    assert_refused(run(f"--tasks sst2 --steps 2 {flags}"), says)
 
 
 def test_scores_on_the_way_change_no_byte_but_the_log(run, tmp_path):
@@ -847,7 +850,9 @@ def without_hub(tmp_path, *flags):
 
 
 def test_bare_command_falls_back_to_the_demo(tmp_path):
-    done = without_hub(tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0", "--dtype", "auto")
+    done = without_hub(
+        tmp_path, "--steps", "2", "--methods", "joint", "--seeds", "0", "--dtype", "auto", "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("loading roberta-base") and "So this is the demo" in done.stdout
     assert f"1 of 1 trainings to do, {min(8, os.cpu_count())} at a time" in done.stdout
