@@ -259,6 +259,13 @@ LORI_CELLS |= {
     )
     for order in ORDERS
 }
+# Added when the second order had shown LoRI-S to forget less: is it that it moves less, or that it has less to move?
+LORI_CELLS[f"one after the other: {ORDERS[1].replace(',', ', ')}"].rows.update(
+    {
+        "single at 0.00015": "--methods single --lr 1.5e-4",
+        "single, rank 2, at 0.001": "--methods single --rank 2 --alpha 4 --lr 1e-3",  # a rate that is given
+    }
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # glue (E4): is there an average gap on GLUE when the training is long enough?
