@@ -342,23 +342,33 @@ def cosines_of_deltas(merged):
     return [f"Mean |cosine| of two tasks' ΔW, before merging: {'; '.join(said)}."] if said else []
 
 
+def at_the_end(found, order):
+    """{what: {seed: number}} of tasks one after the other: each task's score at the end, their average, forgetting."""
+    said = {seed: entry(unit) for seed, unit in found.items()}
+    scores = {task: {seed: x["matrix"][-1][k] for seed, x in said.items()} for k, task in enumerate(order)}
+    return scores | {what: {seed: x[what] for seed, x in said.items()} for what in ("average", "forgetting")}
+
+
 def continual_text(name, rows):
-    """One task after the other: each task's score after its own training and at the end, and what was forgotten."""
+    """One task after the other: each task's score after its own training, before the last task's and after it."""
     order = next(iter(rows["single"].values()))["tasks"]
-    ends = {row: [entry(unit)["matrix"] for unit in found.values()] for row, found in rows.items()}
-    table = [["own training → at the end", *order, "average at the end", "forgetting", "seeds"]]
-    apart = [["less single", "average at the end", "forgetting", "forgetting: could have seen"]]
+    table = [["own training → before the last → end", *order, "average at the end", "forgetting", "seeds"]]
+    ends = {row: at_the_end(found, order) for row, found in rows.items()}
     for row, found in rows.items():
-        then = [
-            f"{np.mean([m[k][k] for m in ends[row]]):.1f} → {np.mean([m[-1][k] for m in ends[row]]):.1f}"
-            for k in range(len(order))
-        ]
-        of = {x: {seed: entry(unit)[x] for seed, unit in found.items()} for x in ("average", "forgetting")}
-        table.append([row, *then, *(mean_and_spread(list(x.values())) for x in of.values()), str(len(found))])
-        base = {x: {seed: entry(unit)[x] for seed, unit in rows["single"].items()} for x in of}
-        pairs = [differences(of[x], base[x]) for x in of]
-        if row != "single" and len(pairs[0]) > 1:
-            apart.append([row, *(signed(interval(x), 1) for x in pairs), f"{detectable(pairs[1]):.1f}"])
+        course = []
+        for k in range(len(order)):
+            after = dict.fromkeys((k, max(k, len(order) - 2), len(order) - 1))  # whose training's rows of the matrix
+            scores = [[entry(unit)["matrix"][i][k] for unit in found.values()] for i in after]
+            course.append(" → ".join(f"{np.mean(x):.1f}" for x in scores))
+        table.append([row, *course, *(mean_and_spread(list(ends[row][x].values())) for x in ("average", "forgetting"))])
+        table[-1].append(str(len(found)))
+    apart = [["at the end", *order, "average", "forgetting", "forgetting: could have seen"]]
+    others = [row for row in rows if row not in ("single", "lori-s")]
+    for row, base in [(row, "single") for row in rows if row != "single"] + [("lori-s", row) for row in others]:
+        pairs = [differences(ends[row][what], ends[base][what]) for what in ends[row]]
+        if len(pairs[0]) > 1:
+            apart.append([f"{row}, less {base}", *(signed(interval(x), 1) for x in pairs)])
+            apart[-1].append(f"{detectable(pairs[-1]):.1f}")
     return [f"### {name}", markdown(table), markdown(apart)]
 
 

@@ -148,15 +148,20 @@ def test_merging_is_measured_against_the_same_adapters_alone():
 
 
 def test_what_is_forgotten_is_shown_by_task():
-    def of(first, end):
-        entry = {"matrix": [[first], [end, 70.0]], "average": (end + 70) / 2, "forgetting": first - end}
-        return {"tasks": ["sst2", "mrpc"], "results": {"any": entry}}
+    def of(first, before, end):
+        entry = {"matrix": [[first], [before, 70.0], [end, 65.0, 50.0]]}
+        entry |= {"average": (end + 115) / 3, "forgetting": (first - end + 5) / 2}
+        return {"tasks": ["sst2", "mrpc", "qnli"], "results": {"any": entry}}
 
-    rows = {"single": {0: of(90, 60), 1: of(92, 64)}, "lori-s": {0: of(88, 86), 1: of(89, 86)}}
+    rows = {"single": {0: of(90, 80, 60), 1: of(92, 82, 64)}, "lori-s": {0: of(88, 87, 86), 1: of(89, 88, 86)}}
     _, table, apart = map(flat, report.continual_text("one", rows))
-    assert "| single | 91.0 → 62.0 | 70.0 → 70.0 | 66.0 ± 1.4 | 29.0 ± 1.4 | 2 |" in table
-    assert "| lori-s | 88.5 → 86.0 |" in table and "| single" not in apart
-    assert f"| lori-s | +12.0 [-0.7, +24.7] | {report.signed(report.interval([-28, -25]), 1)} |" in apart
+    assert "| single | 91.0 → 81.0 → 62.0 | 70.0 → 65.0 | 50.0 | 59.0 ± 0.9 | 17.0 ± 0.7 | 2 |" in table
+    gains, zero = ([26, 22], [26 / 3, 22 / 3], [-14, -12.5]), "+0.0 [+0.0, +0.0]"
+    sst2, average, forgotten = (report.signed(report.interval(x), 1) for x in gains)
+    assert f"| lori-s, less single | {sst2} | {zero} | {zero} | {average} | {forgotten} |" in apart
+    assert "| single" not in apart and "less lori-s" not in apart
+    rows["lori-d"] = rows["lori-s"]
+    assert f"| lori-s, less lori-d | {zero} |" in flat(report.continual_text("one", rows)[2])
 
 
 def test_mean_gradients_are_counted_pair_by_pair_and_seed_by_seed():
