@@ -11,8 +11,9 @@ the end (the same but for its head, and for lori-s's mask), and result.json, whi
 
     matrix      row k: the scores of tasks 0 to k after task k was trained
     average     of the last row
-    forgetting  a task's score after its own training less that at the end, averaged over all tasks but the last. (The
-                literature also takes its best score before the last task was trained, which is at least as high.)
+    forgetting  a task's score after its own training less that at the end, averaged over all tasks but the last:
+                minus GEM's backward transfer (arXiv 1706.08840). Chaudhry et al., arXiv 1801.10112, take a task's best
+                score before the last training, which is at least as high.
     overlap     lori-s: the share of a mask's entries that another task's mask has too, averaged over the pairs
 """
 

@@ -369,7 +369,12 @@ def continual_text(name, rows):
         if len(pairs[0]) > 1:
             apart.append([f"{row}, less {base}", *(signed(interval(x), 1) for x in pairs)])
             apart[-1].append(f"{detectable(pairs[-1]):.1f}")
-    return [f"### {name}", markdown(table), markdown(apart)]
+    by_seed = (f"{row} {', '.join(f'{x:.1f}' for x in end['forgetting'].values())}" for row, end in ends.items())
+    overlaps = [x["overlap"] for unit in rows.get("lori-s", {}).values() if "overlap" in (x := entry(unit))]
+    note = f"Forgetting, seed by seed: {'; '.join(by_seed)}."
+    if overlaps:
+        note += f" Of lori-s's masks, two tasks' share {100 * np.mean(overlaps):.0f} % of their entries (by chance 10)."
+    return [f"### {name}", markdown(table), markdown(apart), note]
 
 
 CLEAR = 3  # a task's mean gradient is said to be there from so many of its errors on

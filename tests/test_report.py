@@ -154,7 +154,9 @@ def test_what_is_forgotten_is_shown_by_task():
         return {"tasks": ["sst2", "mrpc", "qnli"], "results": {"any": entry}}
 
     rows = {"single": {0: of(90, 80, 60), 1: of(92, 82, 64)}, "lori-s": {0: of(88, 87, 86), 1: of(89, 88, 86)}}
-    _, table, apart = map(flat, report.continual_text("one", rows))
+    report.entry(rows["lori-s"][0])["overlap"] = 0.12
+    _, table, apart, note = map(flat, report.continual_text("one", rows))
+    assert note.startswith("Forgetting, seed by seed: single 17.5, 16.5; lori-s 3.5, 4.0. ") and "share 12 %" in note
     assert "| single | 91.0 → 81.0 → 62.0 | 70.0 → 65.0 | 50.0 | 59.0 ± 0.9 | 17.0 ± 0.7 | 2 |" in table
     gains, zero = ([26, 22], [26 / 3, 22 / 3], [-14, -12.5]), "+0.0 [+0.0, +0.0]"
     sst2, average, forgotten = (report.signed(report.interval(x), 1) for x in gains)
