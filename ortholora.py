@@ -256,8 +256,8 @@ class OrthoLoRA:
                 )
             if getattr(p.grad, "projected", False):
                 raise RuntimeError(
-                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad() (set_to_none="
-                    "True, and of all blocks) before backward(); accumulating, project once, after the last micro-batch"
+                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad(), to None and "
+                    "of every block, before backward(); when accumulating, project once, after the last micro-batch"
                 )
 
     @torch.no_grad()

@@ -796,7 +796,7 @@ def test_forgotten_zero_grad(to_none, dtype):
     for p in parameters:
         p.sum().backward()  # adds to .grad in place
     before = ortho.rows.clone()
-    with pytest.raises(RuntimeError, match="zero_grad.*accumulating, project once, after the last micro-batch"):
+    with pytest.raises(RuntimeError, match="zero_grad.*when accumulating, project once, after the last micro-batch"):
         ortho.collect(0)
     assert torch.equal(ortho.rows, before)
     torch.optim.SGD(parameters, lr=1.0).zero_grad()
