@@ -624,7 +624,7 @@ elif kind == "alone" and train.RANK:
     train.finish = train.run_merge = None
     for name in ("refuse_taken", "open_out", "unfinished", "locked", "load_state", "save"):
         setattr(train.runs, name, None)
-sys.exit(train.main())
+train.runs.leave(train.main())
 """
 
 
