@@ -648,6 +648,15 @@ def test_what_ends_one_process_ends_all_with_one_line(demo, tmp_path, kind, word
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+@pytest.mark.parametrize("world, said", [("1", "said\nlate\n"), ("2", "said\n")])
+def test_under_torchrun_nothing_runs_while_the_interpreter_ends(world, said):
+    """A thread of gloo's may abort it there. What was printed is out, and the status stays."""
+    code = "import atexit; from support import runs; atexit.register(print, 'late'); print('said'); runs.leave(2)"
+    env = {**os.environ, "WORLD_SIZE": world, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, said), done.stderr
+
+
 def test_torchruns_variables_by_half(demo, tmp_path):
     words = [sys.executable, str(ROOT / "train.py"), *command(demo, tmp_path / "out", BASE)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MASTER")} | {"RANK": "0", "WORLD_SIZE": "2"}
