@@ -1,7 +1,8 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
 Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
-`transformers` model included (not where a layer's weight is read past its forward, as torch's fused attention does):
+`transformers` model included (not where a weight is read past its layer's forward, as in torch's fused attention or of
+T5's `wo`):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
@@ -31,8 +32,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
         super().__init__()
-        if r < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"LoRA needs r >= 1 and 0 <= dropout < 1, got r={r}, dropout={dropout}")
+        if isinstance(r, (float, bool)) or r < 1 or not 0 <= dropout < 1:
+            raise ValueError(f"LoRA needs an integer r >= 1 and 0 <= dropout < 1, got r={r}, dropout={dropout}")
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
         self.scale = alpha / (math.sqrt(r) if rslora else r)
@@ -102,7 +103,7 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
         raise ValueError("the module is a linear layer itself; wrap it: LoRALinear(module, r, alpha)")
     if lora_layers(module):
         raise ValueError("the module has LoRA layers already")
-    # nn.MultiheadAttention reads its out_proj's weight and never calls it, so LoRA there would do nothing
+    # nn.MultiheadAttention reads its out_proj's weight and never calls it: a LoRALinear has none
     bypassed = nn.modules.linear.NonDynamicallyQuantizableLinear
     linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, bypassed)}
     number = {path: next((int(n) for n in path.split(".")[:-1] if n.isdecimal()), None) for path in linear}
@@ -164,23 +165,17 @@ def per_task(model, sizes):
 
     Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
     cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
-    for a factor that is in none of its blocks, factor.grad = view.grad.sum(0) is left to the caller. What a layer gets
-    has the stacked dimension, of sum(sizes), first. Raises ValueError under `lori.MaskedB`.
+    of a factor in none of its blocks, adding view.grad.sum(0) to .grad is left to the caller. What a layer gets has the
+    stacked dimension, of sum(sizes), first. Raises ValueError under `lori.MaskedB`.
     """
-    layers, grads = lora_layers(model).values(), {}
+    layers = lora_layers(model).values()
     if not all(factor.is_leaf for factor in lora_parameters(model)):
         raise ValueError("per_task: a factor is computed, as under MaskedB, so that its view would train nothing")
-
-    def view(factor):
-        own = factor.detach().expand(len(sizes), *factor.shape)
-        if factor.requires_grad:
-            grads[factor] = own.requires_grad_()
-        return own
-
+    views = {p: p.detach().expand(len(sizes), *p.shape).requires_grad_(p.requires_grad) for p in lora_parameters(model)}
     for layer in layers:
-        layer.tasks = view(layer.A), view(layer.B), list(sizes)
+        layer.tasks = views[layer.A], views[layer.B], list(sizes)
     try:
-        yield grads
+        yield {p: view for p, view in views.items() if p.requires_grad}
     finally:
         for layer in layers:
             layer.tasks = None
@@ -207,7 +202,9 @@ def peft_adapter(model, prefix=""):
     head's tensors under "base_model.model." + name. prefix: where `model` stands in what peft gets, such as "bert.".
     Raises ValueError: no LoRA layers; some with rslora and some without; a prefix that does not end in a dot.
     """
-    layers = {prefix + path: layer for path, layer in lora_layers(model).items()}
+    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    found = {path: prefix + path.replace("_orig_mod.", "") for path, _ in model.named_modules()}  # torch.compile's
+    layers = {found[path]: layer for path, layer in lora_layers(model).items()}
     if len({layer.rslora for layer in layers.values()}) != 1:
         raise ValueError("peft_adapter: no LoRA layers, or some with rslora and some without")
     if prefix and not prefix.endswith("."):
@@ -217,14 +214,16 @@ def peft_adapter(model, prefix=""):
         tensors[f"base_model.model.{path}.lora_A.weight"] = layer.A.detach().float().contiguous().clone()
         tensors[f"base_model.model.{path}.lora_B.weight"] = layer.B.detach().float().contiguous().clone()
     # A last name, as "query", stands for all modules of that name: it will do where these are just the LoRA layers.
-    # What lies outside the prefix can't be seen, but a head has no query or value, as RoBERTa's has a "dense".
+    # What lies outside the prefix can't be seen: no head has a query, but a second tower may have a q_proj.
     short = {path.rpartition(".")[2] for path in layers}
-    meant = {prefix + path for path, _ in model.named_modules() if path.rpartition(".")[2] in short}
-    is_exact = meant == layers.keys() and (not prefix or any(short <= set(family) for family in FAMILIES))
+    meant = {path for path in found.values() if path.rpartition(".")[2] in short}
+    is_exact = meant == layers.keys() and (not prefix or any(short <= set(family) for family in FAMILIES[:2]))
     first = next(iter(layers.values()))
     config = {"peft_type": "LORA", "bias": "none", "inference_mode": True, "lora_dropout": first.dropout}
     config |= {"r": first.r, "lora_alpha": first.alpha, "use_rslora": first.rslora}
     config["target_modules"] = sorted(short if is_exact else layers)
-    config["rank_pattern"] = {path: layer.r for path, layer in layers.items() if layer.r != first.r}
-    config["alpha_pattern"] = {path: layer.alpha for path, layer in layers.items() if layer.alpha != first.alpha}
+    # A pattern means every path that ends in it, and the first that fits counts: all of them, the longest first.
+    longest = sorted(layers.items(), key=lambda item: -len(item[0]))
+    config["rank_pattern"] = {path: m.r for path, m in longest if len({m.r for m in layers.values()}) > 1}
+    config["alpha_pattern"] = {path: m.alpha for path, m in longest if len({m.alpha for m in layers.values()}) > 1}
     return tensors, config

@@ -169,7 +169,7 @@ class MaskedB:
     def __init__(self, model, masks):
         check_masks(model, masks)
         self.layers = lora_layers(model)
-        if any(parametrize.is_parametrized(layer) for layer in self.layers.values()):
+        if any(parametrize.is_parametrized(layer, "B") for layer in self.layers.values()):
             raise ValueError("MaskedB: the model is masked already; remove() that first")
         self.was_trained = {path: layer.B.requires_grad for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
@@ -184,6 +184,7 @@ class MaskedB:
     def remove(self):
         """Make every B a plain `nn.Parameter` with its current value, trainable if it was before."""
         for path, layer in self.layers.items():
+            layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # deepcopies share theirs
             parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
             layer.B.requires_grad_(self.was_trained[path]).grad = None
 
@@ -202,8 +203,7 @@ def trained_scalars(model):
 
 def adapter(model):
     """What the LoRA layers of `model` hold now, as a copy."""
-    layers = layers_of(model)
-    return {path: (m.A.detach().clone(), m.B.detach().clone(), m.scale) for path, m in layers.items()}
+    return {path: (m.A.detach().clone(), m.B.detach().clone(), m.scale) for path, m in layers_of(model).items()}
 
 
 @torch.no_grad()
@@ -221,7 +221,7 @@ def insert(model, adapter):
         old = modules.get(path)
         if not path or not isinstance(old, (LoRALinear, nn.Linear)):
             raise ValueError(f"adapter of another model: {path or 'the model itself'} is no linear layer in it")
-        if parametrize.is_parametrized(old):
+        if parametrize.is_parametrized(old, "B"):
             raise ValueError(f"insert: {path} is under MaskedB; remove() that first")
         base = old.base if isinstance(old, LoRALinear) else old
         if (B.shape[0], A.shape[1]) != (base.out_features, base.in_features) or not A.shape[0] == B.shape[1] > 0:
@@ -284,7 +284,7 @@ def merge(adapters, weights=None, how="cat"):
                 ranks = ", ".join(str(len(a)) for a in A)
                 raise ValueError(f"merge: linear needs equal ranks, {path} has {ranks}; use cat")
             if min(strengths) < 0:
-                raise ValueError(f"merge: linear takes roots, so no weight may be negative: {weights}; use cat")
+                raise ValueError(f"merge: linear takes roots, no weight × scale may be negative: {strengths}; use cat")
             A, B = (sum(math.sqrt(c) * x for c, x in zip(strengths, X, strict=True)) for X in (A, B))
         merged[path] = (A, B, 1.0)
     return merged

@@ -278,8 +278,8 @@ class OrthoLoRA:
         one task or no conflict a float32 .grad is the plain sum. ValueError: another order; RuntimeError: a .grad left.
         """
         T = self.num_tasks
-        if any(p.grad is not None and not getattr(p.grad, "projected", False) for p in self.parameters):
-            raise RuntimeError("OrthoLoRA: a .grad was not collected and would be lost; collect after each backward()")
+        if any(p.grad is not None and p.requires_grad for p in self.parameters):
+            raise RuntimeError("OrthoLoRA: a .grad is left: collect after each backward(), project() once a step")
         order = self.random_order() if order is None else torch.as_tensor(order)
         met = order.tolist() if order.is_cpu else []  # what is on a GPU is not looked at
         if order.shape not in ((T, T - 1), (T, 0)) or any(m and {i, *m} != {*range(T)} for i, m in enumerate(met)):

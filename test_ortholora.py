@@ -822,11 +822,15 @@ def test_a_gradient_that_was_not_collected_is_not_lost():
     collect(ortho, parameters, grads)
     before = ortho.rows.clone()
     parameters[0].sum().backward()  # a task without its collect, or a penalty on the factors
-    with pytest.raises(RuntimeError, match="a .grad was not collected"):
+    with pytest.raises(RuntimeError, match="a .grad is left: collect after each backward"):
         ortho.project()
     assert torch.equal(ortho.rows, before) and torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
     parameters[0].grad = None
     ortho.project()
+    projected = parameters[0].grad.clone()
+    with pytest.raises(RuntimeError, match="a .grad is left: .*project\\(\\) once a step"):
+        ortho.project()  # of empty rows: zeros in its place
+    assert torch.equal(parameters[0].grad, projected) and projected.any()
 
 
 def test_a_zero_gradient_is_a_gradient():

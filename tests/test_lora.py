@@ -146,7 +146,9 @@ def test_dropout_is_on_the_update_alone():
         assert ((draws.var(0) / variance - 1).abs() < 0.05).all()
 
 
-@pytest.mark.parametrize("r, dropout", [(0, 0), (-1, 0), (2, 1), (2, -0.1), (2, 1.5), (2, math.nan)])
+@pytest.mark.parametrize(
+    "r, dropout", [(0, 0), (-1, 0), (2.0, 0), (True, 0), (2, 1), (2, -0.1), (2, 1.5), (2, math.nan)]
+)
 def test_bad_rank_and_dropout(r, dropout):
     model = llama()
     for make_it in (lambda: LoRALinear(nn.Linear(2, 2), r, 1, dropout), lambda: add_lora(model, r=r, dropout=dropout)):
@@ -421,6 +423,19 @@ def test_per_task_gradients_equal_the_loops(sizes, frozen):
         torch.testing.assert_close(grads[p].grad, e, rtol=1e-4, atol=1e-5 * max(1, e.abs().max().item()))
 
 
+def test_per_task_where_layers_share_a_factor():
+    module, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), torch.randn(5, 4)
+    layers = add_lora(module, "all-linear", r=2)
+    randomize(layers)
+    layers["2"].A = layers["0"].A
+    module(x).square().sum().backward()
+    expected = layers["0"].A.grad
+    with per_task(module, [2, 3]) as grads:
+        module(x).square().sum().backward()
+    assert len(grads) == 3
+    torch.testing.assert_close(grads[layers["0"].A].grad.sum(0), expected)
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -564,13 +579,61 @@ def test_ranks_and_alphas_by_layer(rslora, tmp_path):
     tensors, config = peft_adapter(model)
     paths = list(lora_layers(model))
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, rslora)
-    assert config["rank_pattern"] == {paths[1]: 2, paths[3]: 6} and config["alpha_pattern"] == {
-        paths[2]: 3,
-        paths[3]: 5,
-    }
+    assert config["rank_pattern"] == dict(zip(paths, (4, 2, 4, 6), strict=True))
+    assert config["alpha_pattern"] == dict(zip(paths, (8, 8, 3, 5), strict=True))
     torch.testing.assert_close(logits(load_in_peft(base, tmp_path, tensors, config)), logits(model), rtol=0, atol=1e-5)
     tensors, config = peft_adapter(model.model, "model.")  # the patterns' keys get the prefix as well
     torch.testing.assert_close(logits(load_in_peft(base, tmp_path, tensors, config)), logits(model), rtol=0, atol=1e-5)
+
+
+class Ends(nn.Module):
+    """One path is the end of another, which peft's patterns mean as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.block["fc"](x))
+
+
+@pytest.mark.parametrize("what", ["r", "alpha"])
+def test_a_pattern_means_no_longer_path(what, tmp_path):
+    model, x = Ends(), torch.randn(3, 4)
+    base = copy.deepcopy(model)
+    layers = add_lora(model, ["fc"], r=2, alpha=4)
+    model.fc = layers["fc"] = LoRALinear(model.fc.base, **{"r": 2, "alpha": 4} | {what: 3})
+    randomize(layers)
+    theirs = load_in_peft(base, tmp_path, *peft_adapter(model))
+    torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_a_wrapper_is_no_part_of_a_path(tmp_path):
+    """peft takes the tensors by name: those of another name would be left out, with a warning."""
+    model, x = Ends(), torch.randn(3, 4)
+    base, layers = copy.deepcopy(model), add_lora(model, ["fc"])
+    randomize(layers)
+    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(parallel)
+    parallel.module = model
+    for wrapped in (torch.compile(model), parallel):
+        theirs = load_in_peft(base, tmp_path, *peft_adapter(wrapped))
+        torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
+    within = nn.ModuleDict({"a": torch.compile(nn.ModuleDict({"q": nn.Linear(2, 2)}))})
+    add_lora(within, ["q"])
+    assert (
+        peft_adapter(within)[1]["target_modules"] == ["q"]
+        and "base_model.model.a.q.lora_A.weight" in peft_adapter(within)[0]
+    )
+
+
+def test_an_adapter_of_one_tower_is_not_the_other_s(tmp_path):
+    base = nn.ModuleDict({name: nn.ModuleDict({"q_proj": nn.Linear(2, 2)}) for name in ("encoder", "decoder")})
+    model = copy.deepcopy(base)
+    randomize(add_lora(model["encoder"], ["q_proj"]))
+    theirs = load_in_peft(base, tmp_path, *peft_adapter(model["encoder"], "encoder."))
+    assert in_peft(theirs) == {"encoder.q_proj"}
 
 
 def test_the_adapter_s_tensors_are_copies_to_save(tmp_path):

@@ -476,6 +476,21 @@ def test_remove():
     assert not torch.isclose(layers["block.0.up"].B, now["block.0.up"]).any()
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["the original first", "the copy first"])
+def test_remove_leaves_a_copy_masked(first):
+    """A deepcopy has the same class, and torch takes B out of the class."""
+    model, masks = start(zero=False)
+    pairs = [(model, MaskedB(model, masks))]
+    pairs.append(copy.deepcopy(pairs[0]))
+    x = torch.randn(3, 10)
+    y = model(x)
+    for k in (first, 1 - first):
+        pairs[k][1].remove()
+        assert all(torch.equal(m(x), y) for m, _ in pairs)
+        assert {type(layer) for layer in lora_layers(pairs[k][0]).values()} == {LoRALinear}
+    assert all(type(layer.B) is nn.Parameter for m, _ in pairs for layer in lora_layers(m).values())
+
+
 def test_ortho_lora_projects_the_active_entries():
     """Each vector is a block: what the textbook makes of the dense gradients' active entries."""
     model, masks = start(zero=False)
@@ -524,6 +539,17 @@ def test_insert():
         for path, (A, B, _) in some.items():
             x = torch.randn(4, A.shape[1])
             torch.testing.assert_close(plain[path](x), plain[path].base(x) + scale * x @ A.T @ B.T)
+
+
+def test_another_parametrization_is_no_mask():
+    model = nn.ModuleDict({"a": nn.utils.parametrizations.weight_norm(nn.Linear(12, 9)), "b": nn.Linear(7, 5)})
+    layers = insert(model, random_adapter(SHAPES, 2, 0, 1.0, torch.float32))
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(layers["a"](x), layers["a"].base(x) + x @ layers["a"].delta().T)
+    nn.utils.parametrizations.orthogonal(layers["a"], "A")
+    masked = MaskedB(model, {path: torch.ones_like(layer.B, dtype=torch.bool) for path, layer in layers.items()})
+    says("masked already", MaskedB, model, {p: torch.ones(m.B.shape, dtype=torch.bool) for p, m in layers.items()})
+    masked.remove()
 
 
 def test_insert_refuses():
@@ -633,7 +659,8 @@ def test_merge_refuses():
         says("different bases: b is (5, 7) in adapter 0, (5, 8) in 1", merge, [one, wider], None, how)
     says("unknown merge 'ties': cat or linear", merge, [one, two], None, "ties")
     says("linear needs equal ranks, a has 2, 3", merge, [one, three], None, "linear")
-    says("no weight may be negative: [1.0, -0.5]", merge, [one, two], [1, -0.5], "linear")
+    says("no weight × scale may be negative", merge, [one, two], [1, -0.5], "linear")
+    says(": [-1.0]; use cat", merge, [{path: (A, B, -1.0) for path, (A, B, _) in one.items()}], None, "linear")
     says("no adapters", delta_cosines, [])
     says("different targets", delta_cosines, [one, {"a": two["a"]}])
 
