@@ -264,7 +264,7 @@ def load_task(name, source="nyu-mll/glue", split="train"):
     task = get_task(name)
     named = {"validation": task.validation, "test": tuple(task.test)}
     split = (*named.get(split, ()), split)[0]
-    splits = read_splits(name, source)
+    splits = read_splits(name, source, (split,))
     if split not in splits:
         raise BadInput(f"{name} in {source} has no split {split!r}; it has {', '.join(splits)}")
     rows, hidden, where = splits[split], "test" in split, f"{name} {split} in {source}"
@@ -381,7 +381,7 @@ def evaluation_batches(encoded, batch_size):
 def to_device(array, device):
     """A tensor of it on the device; to a GPU from pinned memory, so that the copy waits for nothing."""
     x = torch.from_numpy(array)
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=device.type == "cuda")
 
 
 def inputs(encoded, pad_id, device):

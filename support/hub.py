@@ -157,18 +157,33 @@ def quiet():
         logging.disable(disabled)
 
 
+FORMATS = {".parquet": {}, ".json": {}, ".jsonl": {}}  # {its suffix: what load_dataset is told}
+FORMATS[".csv"] = {"keep_default_na": False, "na_values": {"label": [""]}}  # "None" and "null" are texts
+
+
 def split_files(folder):
-    """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like."""
+    """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like.
+
+    A backup is no part of a split: train.old.csv would be a split of its own, which nobody asks for.
+    """
     splits = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in (".parquet", ".csv", ".json", ".jsonl"):
-            splits.setdefault(re.split("[-.]", path.name)[0], []).append(path.name)
+        if path.suffix in FORMATS and not path.name.startswith("."):
+            splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path.name)
     return splits
 
 
-def read_splits(name, source):
+def read_split(folder, split, files):
+    """A datasets.Dataset of files alone: beside others, it would get the first one's columns, and names of labels."""
+    import datasets
+
+    return datasets.load_dataset(str(folder), data_files={split: files}, **FORMATS[Path(files[0]).suffix])[split]
+
+
+def read_splits(name, source, only=None):
     """{split: datasets.Dataset} of a task, from a local folder or else from the Hub or its cache.
 
+    only: those to read, if not all; what else a folder has files of is there as None.
     Raises BadInput for a folder or task that isn't there or can't be read, HubError for all that can fail at the Hub.
     """
     source, folder = str(source), Path(os.path.expanduser(source))
@@ -188,7 +203,8 @@ def read_splits(name, source):
             # README alone, so that changed files, or another folder of the same name, would give the old rows.
             folders = [path.name for path in folder.iterdir() if split_files(path)]
             if name in folders:
-                return datasets.load_dataset(str(folder / name), data_files=split_files(folder / name))
+                files = split_files(folder / name)
+                return {x: read_split(folder / name, x, files[x]) if only is None or x in only else None for x in files}
             configs = datasets.get_dataset_config_names(str(folder))  # as the folder's README has them
             if name in configs:
                 return datasets.load_dataset(str(folder), name)

@@ -6,6 +6,7 @@ All data is made here: small parquet folders in the Hub's layout, and two tokeni
 import itertools
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -310,6 +311,38 @@ def test_validation_and_test_mean_the_first_of_mnlis_two(tmp_path):
     assert glue.load_task("mnli", tmp_path, "validation").split == "validation_matched"
     assert glue.load_task("mnli", tmp_path, "validation_mismatched").split == "validation_mismatched"
     assert glue.load_task("mnli", tmp_path, "test").split == "test_matched"
+
+
+def test_every_split_has_its_own_names_of_labels(tmp_path):
+    """Read together, all would get the first one's, and these labels would be swapped."""
+    write(tmp_path, "cola", "train", rows_of("cola", [0, 1, 1]), ("unacceptable", "acceptable"))
+    write(tmp_path, "cola", "validation", rows_of("cola", [1, 0, 0]), ("acceptable", "unacceptable"))
+    labels = [glue.load_task("cola", tmp_path, split).labels.tolist() for split in ("train", "validation")]
+    assert labels == [[0, 1, 1], [0, 1, 1]]
+
+
+def test_files_that_are_no_split_are_left_alone(tmp_path):
+    """A backup, other rows, what is no table at all, a test split that can't be read beside the others."""
+    folder = write(tmp_path, "rte", "train", rows_of("rte", [0, 1]), suffix="jsonl") / "rte"
+    shutil.copy(folder / "train.jsonl", folder / "train.old.jsonl")
+    shutil.copy(folder / "train.jsonl", folder / "train-dev.jsonl")
+    (folder / "._train.jsonl").write_bytes(b"\0\5\x16\7")
+    (folder / "stats.json").write_text('{"rows": 2}')
+    (folder / "test.csv").write_text("sentence1,sentence2\na,b\n")
+    (folder / "validation.csv").write_text("nothing,of,it\n1")
+    assert len(glue.load_task("rte", tmp_path).texts) == 2
+    assert glue.load_task("rte", tmp_path, "test").texts == [("a", "b")]
+
+
+def test_a_csv_may_say_none(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2/train.csv").write_text("sentence,label\nNone,1\nNA,0\nnull,1\n")
+    assert glue.load_task("sst2", tmp_path).texts == [("None",), ("NA",), ("null",)]
+    (tmp_path / "sst2/test.csv").write_text("sentence,label\nnan,\n")
+    assert glue.load_task("sst2", tmp_path, "test").labels.tolist() == [-1]
+    (tmp_path / "sst2/validation.csv").write_text("sentence,label\na,1\nb,\n")
+    with pytest.raises(BadInput, match="row 1 has label (None|nan); allowed"):
+        glue.load_task("sst2", tmp_path, "validation")
 
 
 @pytest.mark.parametrize(
