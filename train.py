@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import lora
 import lori
@@ -33,10 +32,10 @@ from glue import TASKS, TRAINED, batches_of_steps, load_data, load_tokenizer, sc
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA, balance
 from support import runs, table
-from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
+from support.checkpoint import BadInput, read_json, save_adapter, weights_checksum, write_safetensors
 from support.hub import HubError, find_checkpoint
 from support.runs import LOCAL_RANK, RANK, WORLD, agreed  # agreed(do): the first process does it, all get its result
-from support.toy import demo, demo_settings
+from support.toy import DEMO, demo, demo_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Methods and settings
@@ -152,7 +151,8 @@ def parse(argv):
             others = [f"; or {choice}" for choice in f.metadata["choices"] or () if choice != f.default]
             text += f" [default {f.default}{''.join(others)}]" if f.default != "" else ""
             parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper())
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    return given | {"out": os.path.expanduser(given["out"])} if "out" in given else given
 
 
 def listed(text, flag, kind=str, known=None):
@@ -178,7 +178,7 @@ def check(s):
         if f.type in (int, float) and not low <= value <= high:  # NaN is not
             raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
         if choices and value not in choices:
-            raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}")
+            raise BadInput(f"{flag} {value!r} is none of {', '.join(filter(None, choices))}")
     tasks, methods = listed(s.tasks, "tasks", known=TRAINED), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
@@ -353,7 +353,7 @@ def train(unit, model, tasks, encoder, s, log, bar):
     optimizer, ortho = make_optimizer(unit.method, trained, s), projection(unit.method, model, len(tasks), s)
     watch = runs.Watch(unit.tasks, trained, s.steps, device)
     start, spent = runs.resume(unit, trained, optimizer, watch, log)
-    bar.update(start * len(tasks))
+    bar.skip(start * len(tasks))
     model.train()
     model.encoder.train(s.encoder_dropout)  # without, only heads and LoRA layers know that this is training
     for layer in lora.lora_layers(model.encoder).values():
@@ -406,7 +406,7 @@ def run(unit, encoder, frozen, tasks, s, bar):
     with contextlib.ExitStack() as stack:
         agreed(lambda: stack.enter_context(runs.locked(unit.folder)))
         if agreed(lambda: unit.finished):  # meanwhile, by another process
-            bar.update(0 if unit.merged else s.steps * len(tasks))
+            bar.skip(0 if unit.merged else s.steps * len(tasks))
         elif unit.merged:
             agreed(lambda: run_merge(unit, encoder, tasks, s))
         else:
@@ -421,7 +421,9 @@ def run_training(unit, encoder, frozen, tasks, s, bar):
     result = {"adapter_parameters": lori.trained_scalars(model.encoder)}
     with open(os.devnull if RANK else unit.folder / "log.jsonl", "a", encoding="utf-8") as log:
         watch, seconds = train(unit, model, tasks, encoder, s, log, bar)
-    timing = runs.timing(unit, encoder, seconds, s.steps)  # before scoring, whose memory is not the training's
+    timing = runs.timing(
+        unit, encoder, seconds, s.steps, s.eval_every
+    )  # before scoring, whose memory is not the training's
     if watch.sums:
         result["conflicts"] = table.statistics(watch, projected_blocks(unit.method, model, s)[1])
     if masks:
@@ -455,7 +457,7 @@ def run_merge(unit, encoder, tasks, s):
 
 def finish(unit, model, encoder, tasks, result, timing, s, masks=None):
     """Save a unit's adapters, score what was saved, and say that it is finished."""
-    about = {"method": unit.method, "seed": str(unit.seed)}
+    about = {"method": unit.method, "seed": str(unit.seed), "weights": str(weights_checksum(encoder))}
     about |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
     about |= {"holdout": str(s.holdout)} if s.holdout else {}  # else the scores are the validation split's
     result |= {"head_parameters": sum(p.numel() for p in model.heads.parameters()), "tasks": {}}
@@ -510,10 +512,12 @@ def load_or_demo(s, given):
 def open_out(s, encoder, tasks, again):
     """Make the out folder, or hold what binds it against this run."""
     settings = {name: value for name, value in asdict(s).items() if name not in UNBOUND}
+    usual = asdict(Settings(**DEMO if s.demo else {}))
     about = {what: Path(x).name if Path(x).exists() else x for what, x in (("model", s.model), ("glue", s.glue))}
     guesses = {data.name: np.full(len(data.validation), data.majority()) for data in tasks}
     about["majority"] = {d.name: score(d.name, guesses[d.name], d.validation_labels) for d in tasks}
     about |= {"demo": s.demo, "tasks": list(guesses), "methods": {name: asdict(m) for name, m in METHODS.items()}}
+    about["changed"] = {name: value for name, value in settings.items() if value != usual[name]}
     runs.open_out(Path(s.out), settings, runs.facts(encoder, tasks), about, s.resume, again)
 
 
@@ -538,8 +542,7 @@ def compare(s, given, argv, workers):
     print(f"examples to train on: {', '.join(f'{data.name} {len(data.train):,}' for data in tasks)}")
     print(f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps, into {s.out}", flush=True)
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
-    often = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=RANK > 0 or not todo) as bar:
+    with runs.Bar(total, RANK > 0 or not todo) as bar:
         if s.jobs > 1 and todo:
             workers.do(todo, (encoder, frozen, tasks, s), bar)
         else:
@@ -550,7 +553,7 @@ def compare(s, given, argv, workers):
 
 
 def main(argv=None):
-    argv, s = sys.argv[1:] if argv is None else argv, None
+    argv, s, here = sys.argv[1:] if argv is None else argv, None, not LOCAL_RANK
     try:
         given = parse(argv)
         s = Settings(**demo_settings(given, WORLD) if "demo" in given else given)
@@ -562,17 +565,15 @@ def main(argv=None):
         error, status = str(e), 2
     except FloatingPointError as e:
         error, status = f"{e}; a smaller --lr may help", 1
-    except torch.OutOfMemoryError as e:  # of a GPU
-        error, status = f"{str(e).splitlines()[0]} A smaller --batch-size or --max-length may help", 1
+    except torch.OutOfMemoryError as e:  # of a GPU, and so of this process alone
+        here, error, status = True, f"{str(e).splitlines()[0]} A smaller --batch-size or --max-length may help", 1
     except KeyboardInterrupt:
         begun = s and s.out and (Path(s.out) / "settings.json").exists()
         error, status = "interrupted" + (f"; to go on: {runs.again(argv, s.out, s.demo)}" if begun else ""), 130
-    finally:
-        runs.leave_processes()
-    if not LOCAL_RANK:  # one on every machine, since it may be that machine's alone
+    if here:  # one on every machine, since it may be that machine's alone
         print(f"train.py: {error}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    runs.leave(main())
+    runs.end(main)

@@ -22,11 +22,13 @@ import multiprocessing.resource_tracker
 import os
 import pickle
 import platform
+import re
 import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
-from support.checkpoint import BadInput, atomic_write, load_state, read_json, save_state, write_text
+from support.checkpoint import BadInput, atomic_write, load_state, read_json, save_state, weights_checksum, write_text
 
 # Set by torchrun: which process this is, out of how many, and which of its machine's.
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -47,9 +49,14 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), 
 
 @contextlib.contextmanager
 def together():
-    """What all processes do at once. Raises ConnectionError where another one has ended, which has said why."""
+    """What all processes do at once. Raises ConnectionError where another one has ended, which has said why.
+
+    What this one's GPU has done wrong shows here, too, later than it was done, and is its own.
+    """
     try:
         yield
+    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):  # torch 2.6 has one
+        raise
     except RuntimeError as e:
         raise ConnectionError(f"another process has ended: {str(e).splitlines()[0]}") from None
 
@@ -92,24 +99,27 @@ def join_processes(device):
         if cuda:
             torch.cuda.set_device(LOCAL_RANK)
         try:  # the first one scores, so the others may wait for long
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
         except ValueError as e:
             raise BadInput(f"WORLD_SIZE is {WORLD}, and torchrun's other variables are not set: {e}") from None
 
 
-def leave_processes():
-    """Part from the other processes; left to the interpreter's end, gloo's threads can abort it."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.destroy_process_group()
+def end(main):
+    """Run main() and end the process with the status that it returns.
 
-
-def leave(status):
-    """End the process. Under torchrun at once: while the interpreter ends, a thread of gloo's may still abort it."""
-    if WORLD > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status or 0)
-    sys.exit(status)
+    Under torchrun at once, and without parting from the others: after an error in one process, NCCL would wait for
+    them for ever, and while the interpreter ends, a thread of gloo's may abort it.
+    """
+    if WORLD == 1:
+        sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def average(*tensors):
@@ -206,7 +216,8 @@ def locked(folder, wait=False):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # in OUT, only its own: units have locks
-            path.unlink(missing_ok=True)
+            if re.search(r"\.\d+\.tmp$", path.name):  # as atomic_write has it
+                path.unlink(missing_ok=True)
         yield
     except BlockingIOError:
         raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
@@ -236,8 +247,9 @@ def refuse_taken(out, resume, again):
     """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
     if (out / "settings.json").exists() and not resume:
         raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {again}")
-    if (out / "results.json").exists() and not (out / "settings.json").exists():
-        raise BadInput(f"--out {out} has results in it, and no settings.json that says of what; choose another folder")
+    for name in ("results.json", "results.md"):
+        if (out / name).exists() and not (out / "settings.json").exists():
+            raise BadInput(f"--out {out} has a {name}, and no settings.json that says of what; choose another folder")
 
 
 def open_out(out, settings, facts, about, resume, again):
@@ -255,7 +267,9 @@ def open_out(out, settings, facts, about, resume, again):
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     known, bound = read_json(path), settings | facts
-    there = known.get("settings", {}) | known.get("facts", {})
+    if not all(isinstance(known.get(part), dict) for part in ("settings", "facts")):
+        raise BadInput(f"{path} is none that train.py has written; choose another folder")
+    there = known["settings"] | known["facts"]
     for what in there | bound:
         if (old := there.get(what)) != (new := bound.get(what)):
             hint = " (--jobs means 1; OMP_NUM_THREADS sets it)" if what == "threads" else ""
@@ -271,9 +285,7 @@ def facts(encoder, tasks):
     """What binds a run beside its settings: the machine's side of it, and checksums of all that it reads."""
     found = {"device": next(encoder.parameters()).device.type, "processes": WORLD, "threads": torch.get_num_threads()}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    found["the weights of the model"] = 0
-    for p in encoder.parameters():
-        found["the weights of the model"] = zlib.crc32(p.detach().cpu().numpy().data, found["the weights of the model"])
+    found["the weights of the model"] = weights_checksum(encoder)
     for data in tasks:
         rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
         labels = np.concatenate([data.train_labels, data.validation_labels])
@@ -281,11 +293,14 @@ def facts(encoder, tasks):
     return found
 
 
-def timing(unit, encoder, seconds, steps):
-    """timing.json: seconds per step, a GPU's peak memory in training, and what they were measured with."""
+def timing(unit, encoder, seconds, steps, scored=False):
+    """timing.json: seconds per step, a GPU's peak memory in training, and what they were measured with.
+
+    No memory where the training was scored on its way: the peak may be the scoring's.
+    """
     device, memory = next(encoder.parameters()).device, None
-    if device.type == "cuda":
-        memory = None if unit.merged else torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda" and not unit.merged and not scored:
+        memory = torch.cuda.max_memory_allocated(device)
     about = {"hardware": hardware(encoder), "source": source_checksum()}
     return {"seconds_per_step": seconds, "steps": steps, "peak_memory_bytes": memory, **about}
 
@@ -399,11 +414,26 @@ class Watch:
 # --jobs: several units at a time, each in a process of one thread
 
 
+class Bar(tqdm):
+    """The progress bar of all trainings, in batches."""
+
+    def __init__(self, total, disable):
+        often = 0.5 if sys.stderr.isatty() else 10
+        super().__init__(total=total, unit="batch", smoothing=0.05, mininterval=often, disable=disable)
+
+    def skip(self, batches):
+        """Count what was done before: it says nothing of the time that is left."""
+        if not self.disable:
+            self.initial, self.n, self.last_print_n = (x + batches for x in (self.initial, self.n, self.last_print_n))
+            self.refresh()
+
+
 class Ticks:
     """In a worker, in the place of the progress bar: tells the parent."""
 
     def __init__(self, parent):
         self.update, self.set_description = parent.send, lambda text: None
+        self.skip = lambda batches: parent.send(-batches)
 
 
 def work(run, parent):
@@ -476,7 +506,7 @@ class Workers:
                 if said is None:
                     idle.append(worker)
                 else:
-                    bar.update(said)
+                    bar.update(said) if said > 0 else bar.skip(-said)
             for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
                 waiting.remove(unit)
                 idle.pop().send(unit)

@@ -31,7 +31,7 @@ def statistics(watch, block_names):
     fifths: over each fifth of the training the rate, each task's effective weight, and its gradient's norm; of fewer
     than 5 steps, each is one.
     """
-    rate, cosine, removed = [x.double().cpu() / watch.steps for x in watch.sums]
+    rate, cosine, removed = [x.cpu().double() / watch.steps for x in watch.sums]  # in this order: mps has no float64
     columns = [share_of_pairs(rate), share_of_pairs(cosine), removed.mean(1)]
     pairs = {
         f"{a}-{b}": round(rate[:, i, j].mean().item(), 6)
@@ -41,7 +41,7 @@ def statistics(watch, block_names):
     }
     counts = np.bincount(np.arange(watch.steps) * FIFTHS // watch.steps, minlength=FIFTHS)
     there = counts > 0
-    fifths = (watch.fifths.double().cpu().numpy()[there] / counts[there, None]).round(6)  # (5, 1 + 2 T)
+    fifths = (watch.fifths.cpu().double().numpy()[there] / counts[there, None]).round(6)  # (5, 1 + 2 T)
     effective, norms = fifths[:, 1:].T.reshape(2, len(watch.tasks), len(fifths)).tolist()
     return {
         "rate": round(columns[0].mean().item(), 6),
@@ -177,7 +177,7 @@ def table(results, timings):
         some = "" if len(seeds) == len(results["seeds"]) else f" ({len(seeds)} of them)"
         rows.append([method + some, *scores, average, gap, *counts, time])
     if any(memory.values()):
-        cells = ["memory", "", *(f"{memory[method] / 2**20:,.0f} MiB" for method in runs)]
+        cells = ["memory", "", *(f"{memory[method] / 2**20:,.0f} MiB" if memory[method] else "—" for method in runs)]
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
     return markdown(rows)
 
@@ -273,6 +273,18 @@ def differences(timings):
     return "NOTICE: not all trainings are by the same code on the same machine. " + "; ".join(parts) + "."
 
 
+TOLD = (
+    "steps",
+    "batch_size",
+    "lr",
+    "rank",
+    "task_weights",
+    "holdout",
+    "dtype",
+    "per_task",
+)  # elsewhere, or of no matter
+
+
 def report(results, timings, about):
     """results.md, and what the run prints at its end."""
     s, seeds = results["settings"], results["seeds"]
@@ -280,12 +292,15 @@ def report(results, timings, about):
         return "No method is finished with any seed yet.\n"
     demo = "The demo: a toy grammar and a tiny encoder, not GLUE"
     scored = f"{s['holdout']} held-out training rows per task" if s["holdout"] else "the validation split"
+    others = {name: x for name, x in about.get("changed", {}).items() if name not in TOLD}
+    others = ", ".join(f"--{name.replace('_', '-')}" + f" {x}" * (x is not True) for name, x in others.items())
     hardware = next(t["hardware"] for units in timings.values() for seed in units.values() for t in seed)
     base = "joint" if "joint" in results["methods"] else "the first method"
     parts = [
         f"## {demo}" if results["demo"] else f"## {about['model']} on {about['glue']}",
         f"{s['steps']} steps of {s['batch_size']} examples per task, lr {s['lr']:g}, rank {s['rank']}"
         + (f", task weights {s['task_weights']}" if s.get("task_weights") else "")
+        + f", {others}" * bool(others)
         + f", on {scored}: "
         + (f"mean ± standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}")
         + f", {s['dtype']} on {hardware}.",

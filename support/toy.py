@@ -578,6 +578,8 @@ DEMO = {
     "warmup": 0.2,
     "max_length": 64,
     "per_task": "stacked",
+    "device": "cpu",  # a GPU would mostly wait for so small a model
+    "dtype": "fp32",
 }
 WELCOME = """\
 The demo: a toy grammar under the names of four GLUE tasks, and an encoder so small that it is pretrained here, once, in

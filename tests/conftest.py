@@ -1,11 +1,14 @@
 """What several files' tests share: the small demo, a command to train on it, and one finished run of each kind."""
 
 import json
+import os
 
 import pytest
 
 import train
 from support.toy import make_demo
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is a CPU's, and compared to the bit
 
 
 @pytest.fixture(scope="session")

@@ -266,6 +266,15 @@ def test_an_older_layout_is_refused(run, tmp_path):
         assert status == 2 and "no settings.json" in ours(err) and stamps(tmp_path) == before
 
 
+@pytest.mark.parametrize("name, text", [("results.md", "my notes"), ("settings.json", '{"settings": []}')])
+def test_a_users_own_file_is_not_written_over(run, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    before = stamps(tmp_path)
+    status, _, err = run(tmp_path, f"{FLAGS} --resume")
+    assert status == 2 and name in ours(err) and "choose another folder" in err
+    assert {path.name for path in tmp_path.iterdir()} == {name} and stamps(tmp_path) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes, one folder
 
@@ -624,7 +633,7 @@ elif kind == "alone" and train.RANK:
     train.finish = train.run_merge = None
     for name in ("refuse_taken", "open_out", "unfinished", "locked", "load_state", "save"):
         setattr(train.runs, name, None)
-train.runs.leave(train.main())
+train.runs.end(train.main)
 """
 
 
@@ -651,10 +660,21 @@ def test_what_ends_one_process_ends_all_with_one_line(demo, tmp_path, kind, word
 @pytest.mark.parametrize("world, said", [("1", "said\nlate\n"), ("2", "said\n")])
 def test_under_torchrun_nothing_runs_while_the_interpreter_ends(world, said):
     """A thread of gloo's may abort it there. What was printed is out, and the status stays."""
-    code = "import atexit; from support import runs; atexit.register(print, 'late'); print('said'); runs.leave(2)"
+    code = "import atexit; from support import runs; atexit.register(print, 'late'); print('said'); runs.end(lambda: 2)"
     env = {**os.environ, "WORLD_SIZE": world, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, said), done.stderr
+    done = subprocess.run([sys.executable, "-c", code.replace("2)", "1 / 0)")], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, said) and done.stderr.count("ZeroDivisionError: ") == 1  # a bug's
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("mine"), getattr(torch, "AcceleratorError", None)])
+def test_a_gpus_fault_is_not_another_process_s(error):
+    if not isinstance(error, RuntimeError):
+        error = error and error("mine")
+    for raised, says in ((error, "mine"), (RuntimeError("gone"), "another process has ended: gone")):
+        with pytest.raises(type(raised) if says == "mine" else ConnectionError, match=says), runs.together():
+            raise raised
 
 
 def test_torchruns_variables_by_half(demo, tmp_path):
@@ -737,14 +757,27 @@ def test_a_lock_clears_what_a_killed_process_was_writing(tmp_path):
     for name in (".results.json.123.tmp", "joint/seed0/sst2/.adapter_model.safetensors.123.tmp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
+    (tmp_path / ".notes.tmp").write_text("the user's")
     with runs.locked(tmp_path, wait=True):  # of OUT: a unit's may be another process's
-        assert len(list(tmp_path.rglob(".*.tmp"))) == 1
+        assert len(list(tmp_path.rglob(".*.tmp"))) == 2
     with runs.locked(tmp_path / "joint/seed0"), pytest.raises(BadInput, match="another process"):
-        assert not list(tmp_path.rglob(".*.tmp"))
+        assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".notes.tmp"]
         with runs.locked(tmp_path / "joint/seed0"):
             pass
     with runs.locked(tmp_path / "joint/seed0"):
         pass
+
+
+def test_what_was_done_before_is_not_counted_as_fast(capsys):
+    """100 s for the next 10 of 110, of which 50 were done before: the other 50 take 500."""
+    bar, now = runs.Bar(110, False), 0.0
+    bar._time = lambda: now
+    bar.start_t = bar.last_print_t = now
+    bar.skip(50)
+    now = 100.0
+    bar.update(10)
+    assert "60/110 [01:40<08:20, 10.00s/batch]" in capsys.readouterr().err
+    runs.Bar(1, True).skip(1)
 
 
 def test_agreed_in_one_process():

@@ -211,6 +211,14 @@ def test_memory_is_told_where_it_was_measured(by_hand):
     assert "MiB" not in table.write(by_hand).partition("| ortho")[2].splitlines()[0].replace("0 MiB", "")
 
 
+def test_settings_that_make_a_method_another_are_told(by_hand):
+    about = json.loads((by_hand / "settings.json").read_text())
+    assert "rank 8, on the validation" in table.write(by_hand)
+    about["changed"] = {"balance": True, "unit": "all", "steps": 100, "dtype": "fp32", "merge_weight": 0.5}
+    (by_hand / "settings.json").write_text(json.dumps(about))
+    assert "rank 8, --balance, --unit all, --merge-weight 0.5, on the validation split" in table.write(by_hand)
+
+
 def test_seeds_that_only_some_methods_have(by_hand):
     """The gap is held seed by seed, over those that all three have."""
     shutil.rmtree(by_hand / "joint/seed10")

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import glue
 import lora
 import train
 from glue import batches_of_steps, encode, load_data, load_task, load_tokenizer
@@ -213,7 +214,7 @@ def train_unit(method, frozen, tasks, s):
         train.build(method, frozen, tasks, 0, s),
         runs.Unit(Path("nowhere"), method, 0, tuple(t.name for t in tasks)),
     )
-    train.train(unit, model, tasks, frozen, s, io.StringIO(), train.tqdm(disable=True))
+    train.train(unit, model, tasks, frozen, s, io.StringIO(), runs.Bar(0, True))
     return model
 
 
@@ -717,6 +718,20 @@ def test_bad_setting(run, tmp_path, flags, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_home_is_home(monkeypatch, tmp_path):
+    """Of --out=~/x a shell leaves the ~ as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.parse(["--out=~/x", "--steps=1"]) == {"out": f"{tmp_path}/x", "steps": 1}
+
+
+def test_a_stacked_copy_waits_for_a_gpu_alone(monkeypatch):
+    """On mps a copy that is not waited for may read memory that is gone."""
+    seen = mock.Mock(side_effect=lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(torch.Tensor, "to", seen)
+    glue.to_device(np.zeros(1), torch.device("mps"))
+    assert seen.call_args.kwargs == {"non_blocking": False}
+
+
 def test_resume_of_nothing(capsys):
     assert train.main(["--resume"]) == 2
     assert capsys.readouterr().err == "train.py: --resume needs --out FOLDER: the folder of the run to go on with\n"
@@ -869,6 +884,7 @@ def test_the_demo_fits_what_is_asked_of_it():
     own = toy.demo_settings({}, 1)
     assert own["task_weights"] == "0.1,1,1,1" and own["jobs"] == min(8, os.cpu_count())
     assert toy.demo_settings({}, 2)["jobs"] == 1
+    assert own["device"] == "cpu" and toy.demo_settings({"device": "cuda"}, 1)["device"] == "cuda"
     assert toy.demo_settings({"tasks": toy.DEMO["tasks"]}, 1)["task_weights"] == own["task_weights"]
     for given in ({"tasks": "sst2,mrpc"}, {"balance": True}, {"task_weights": "1,2,3,4", "steps": 3}):
         found = toy.demo_settings(given, 1)
