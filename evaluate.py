@@ -9,6 +9,7 @@ An adapter says itself which task it is for, which base model and GLUE it was tr
 import argparse
 import copy
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from glue import (
 from lora import merge_lora
 from lori import adapter, insert
 from model import MultiTaskModel, load_encoder
-from support.checkpoint import BadInput, load_adapter, read_header, read_json, shown
+from support.checkpoint import BadInput, load_adapter, read_header, read_json, shown, weights_checksum
 from support.hub import find_checkpoint, read_splits
 from support.table import markdown
 
@@ -47,7 +48,10 @@ def find_device(name, local_rank=0):
 
 def fast_in_bf16(device):
     """Whether --dtype auto means bf16: on a GPU that has it."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def load_tuned(encoder, folder, task):
@@ -70,8 +74,10 @@ def logits_of(model, task, encoded):
 
 
 def predict(model, task, encoded):
-    """Class ids, or scores: (n,)."""
+    """Class ids, or scores: (n,). Raises BadInput where an output is not finite: argmax would make a class of it."""
     logits = logits_of(model, task, encoded)
+    if not logits.isfinite().all():
+        raise BadInput(f"{task}: not all outputs are finite (has training diverged?)")
     return (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).numpy()
 
 
@@ -100,7 +106,8 @@ def adapters_in(folder):
 def described(folder, args, alone):
     """What an adapter is scored with: {task, model, revision, glue, max_length}, by its files and the flags.
 
-    And holdout: on how many held-out training rows it was scored when it was made, if not on the validation split.
+    And what it says of its making: holdout, on how many held-out training rows it was scored then, if not on the
+    validation split; weights, the checksum of its base's.
     """
     _, metadata, _ = read_header(folder / "adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
@@ -118,22 +125,42 @@ def described(folder, args, alone):
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
         raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
     held = re.fullmatch("[1-9][0-9]{0,8}", metadata.get("holdout", ""))
-    return found | {"max_length": int(found["max_length"]), "holdout": held and held[0]}
+    made = {"holdout": held and held[0], "weights": metadata.get("weights")}
+    return found | {"max_length": int(found["max_length"])} | made
+
+
+def check(about, submit):
+    """Raises BadInput where a split is missing, or two adapters would write one file. Nothing is scored yet."""
+    for said in about:
+        if not TASKS[said["task"]].validation and not submit:
+            raise BadInput(
+                f"{said['task']} has no labels to score by; for the leaderboard's file, give --submit FOLDER"
+            )
+        there, wanted = read_splits(said["task"], said["glue"], only=()), TASKS[said["task"]].test if submit else ()
+        if missing := [split for split in wanted if split not in there]:
+            raise BadInput(f"{said['task']} in {said['glue']} has no split {missing[0]!r}; it has {', '.join(there)}")
+        if not submit and not set(TASKS[said["task"]].validation) & there.keys():
+            raise BadInput(f"{said['task']} in {said['glue']} has no validation split; it has {', '.join(there)}")
+    tasks = [said["task"] for said in about]
+    if submit and len(set(tasks)) < len(tasks):
+        twice = next(task for task in tasks if tasks.count(task) > 1)
+        raise BadInput(f"--submit {submit}: more than one adapter is for {twice}; give one adapter's folder")
 
 
 @functools.lru_cache(maxsize=1)
 def load_base(name, revision):
-    """(encoder, tokenizer) of a base model; the last one is kept, since a folder's adapters mostly share theirs."""
+    """(encoder, tokenizer, checksum of the weights) of a base model; the last is kept, as adapters mostly share it."""
     folder = find_checkpoint(name, revision)
-    return load_encoder(folder), load_tokenizer(folder)
+    encoder = load_encoder(folder)
+    return encoder, load_tokenizer(folder), str(weights_checksum(encoder))
 
 
 def evaluate(folder, about, device, submit):
     """Score one adapter, and write its test predictions if asked. Returns (rows of the table, paths written)."""
     task, source, length = about["task"], about["glue"], about["max_length"]
-    if not TASKS[task].validation and not submit:
-        raise BadInput(f"{task} has no labels to score by; for the leaderboard's file, give --submit FOLDER")
-    encoder, tokenizer = load_base(about["model"], about["revision"])
+    encoder, tokenizer, checksum = load_base(about["model"], about["revision"])
+    if about["weights"] not in (None, checksum):
+        print(f"NOTICE: {folder.name} was trained on other weights than {about['model']} has now.", file=sys.stderr)
     if not 8 <= length <= encoder.config.max_length:
         raise BadInput(f"--max-length {length}: {about['model']} takes 8 to {encoder.config.max_length} tokens")
     model = load_tuned(encoder, folder, task).to(device)
@@ -141,7 +168,7 @@ def evaluate(folder, about, device, submit):
     def predictions(examples):
         return predict(model, task, encode_for(encoder.config, tokenizer, examples.texts, length))
 
-    rows, written, available = [], [], read_splits(task, source)
+    rows, written, available = [], [], read_splits(task, source, only=())
     for split in [split for split in TASKS[task].validation if split in available]:
         examples = load_task(task, source, split)
         scores = score(task, predictions(examples), examples.labels)
@@ -171,17 +198,23 @@ def main(argv=None):
     parser.add_argument("--glue", help="GLUE folder in the Hub's layout, or Hub id")
     parser.add_argument("--max-length", type=int, help="tokens")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--submit", help="write the leaderboard's files for the test splits into this folder")
+    parser.add_argument(
+        "--submit", type=os.path.expanduser, help="write the leaderboard's files for the test splits into this folder"
+    )
     args = parser.parse_args(argv)
     try:
         device, found = find_device(args.device), adapters_in(args.adapter)
         about = [described(folder, args, len(found) == 1) for folder in found]
         if args.tasks and len(found) > 1:
             raise BadInput(f"--tasks {args.tasks}: {args.adapter} has {len(found)} adapters, which say their own")
+        check(about, args.submit)
         done = [evaluate(folder, said, device, args.submit) for folder, said in zip(found, about, strict=True)]
     except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        return 130
     for folder, said in zip(found, about, strict=True):
         if said["holdout"]:
             print(f"NOTICE: {folder.name} was trained with --holdout {said['holdout']}, and scored on those rows then.")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -150,6 +151,50 @@ def test_submission(finished, tmp_path, capsys):
     lines = written.read_text().splitlines()
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2", "3"]
     assert all(line.split("\t")[1] in ("0", "1") for line in lines[1:])
+
+
+def test_what_can_not_be_scored_or_written_is_refused_before_anything_is(finished, tmp_path, capsys):
+    glue, out = tmp_path / "glue", finished[0]
+    row, flags = {"idx": 0, "sentence": "a kind dog", "label": 1}, ["--glue", str(glue)]
+    write_rows(glue / "sst2", [row], "train")
+    assert "sst2 in" in (said := refused([out / "ortho/seed0/sst2", *flags], capsys)) and "no validation split" in said
+    write_rows(glue / "sst2", [row], "test")
+    for name in ("one", "two"):
+        shutil.copytree(out / "ortho/seed0/sst2", tmp_path / "both" / name)
+    flags += ["--submit", str(tmp_path / "submission")]
+    assert "more than one adapter is for sst2" in refused([tmp_path / "both", *flags], capsys)
+    shutil.rmtree(tmp_path / "both/two")
+    shutil.copytree(out / "ortho/seed0/stsb", tmp_path / "both/two")
+    write_rows(glue / "stsb", [{"idx": 0, "sentence1": "a", "sentence2": "b", "label": 1.0}], "validation")
+    assert "stsb in" in (said := refused([tmp_path / "both", *flags], capsys)) and "no split 'test'" in said
+    assert not (tmp_path / "submission").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_refused(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0] / "ortho/seed0/sst2", tmp_path / "sst2")
+    tensors = read_safetensors(folder / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if "lora_B" in name)][0, 0] = float("nan")
+    _, metadata, _ = read_header(folder / "adapter_model.safetensors")
+    write_safetensors(folder / "adapter_model.safetensors", tensors, metadata)
+    assert "sst2: not all outputs are finite" in refused([folder], capsys)
+
+
+def test_other_weights_of_the_base_are_told(finished, demo, tmp_path, capsys):
+    adapter, base = finished[0] / "ortho/seed0/sst2", shutil.copytree(demo / "model", tmp_path / "model")
+    assert evaluate.main([str(adapter), "--model", str(base)]) is None and not capsys.readouterr().err
+    tensors = read_safetensors(base / "model.safetensors")
+    for tensor in tensors.values():
+        tensor += 1e-3
+    write_safetensors(base / "model.safetensors", tensors)
+    evaluate.load_base.cache_clear()
+    assert evaluate.main([str(adapter), "--model", str(base)]) is None
+    assert f"NOTICE: sst2 was trained on other weights than {base} has now" in capsys.readouterr().err
+
+
+def test_an_interruption_is_one_line(finished, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "predict", mock.Mock(side_effect=KeyboardInterrupt))
+    assert evaluate.main([str(finished[0] / "ortho/seed0/sst2")]) == 130
+    assert capsys.readouterr().err == "evaluate.py: interrupted\n"
 
 
 @pytest.mark.parametrize("ax", [True, False, "damaged"])
