@@ -414,9 +414,12 @@ class Watched:
     """In the place of a run's progress bar: profiles ten steps between two log lines, then ends the run."""
 
     def __init__(self, device):
-        self.step, self.device = -1, device  # the loop's first update is of no step
+        self.step, self.device = 0, device
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         self.profile = profile(activities=kinds)
+
+    def skip(self, batches):
+        pass
 
     def update(self, batches):
         self.step += 1
@@ -439,6 +442,8 @@ def bench_waits(args, device):
         with contextlib.suppress(StopIteration):
             train.train(unit, step.model, step.tasks, encoder, s, io.StringIO(), watched)
         seen = [event.name for event in watched.profile.events()]
+        if device.type == "cuda" and not any(name.startswith("cudaLaunchKernel") for name in seen):
+            raise BadInput("waits: the profiler saw no call of CUDA's, as where it lacks the permission")
         found = {name: seen.count(name) for name in WAITS}
         found["cudaDeviceSynchronize"] -= seen.count("cudaDeviceSynchronize") > 0  # the profiler's own, as it stops
         results.append({"method": method, "how": how, "waits": found})
@@ -494,7 +499,7 @@ def bench_padding(args, device):
         for batches in itertools.islice(stream, 10):
             model.zero_grad()
             train.gradients("joint", model, batches, None, 0, s)
-            counted[window] += sum(b.ids.numel() if b.mask is None else int(b.mask.sum()) for b in batches)
+            counted[window] += sum(b.ids.numel() if b.mask is None else b.mask.sum() for b in batches)  # waits for none
 
     counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     for turn in range(1 + max(2, args.rounds // 4)):  # sums, not medians: the batches differ
@@ -505,7 +510,7 @@ def bench_padding(args, device):
             seconds[window] += clock() - begin
         if turn == 0:
             counted, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
-    rate = {window: counted[window] / seconds[window] for window in streams}
+    rate = {window: int(counted[window]) / seconds[window] for window in streams}
     for window, (share, total, stacked) in found.items():
         rows.append(
             [
@@ -566,6 +571,8 @@ def main():
     parser.add_argument("--mode", help=argparse.SUPPRESS)  # memory: the one mode that this process measures
     args = parser.parse_args()
     device = find_device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--device {args.device}: only a CPU or an NVIDIA GPU can be timed here")
     if args.what == "waits" and device.type != "cuda":
         parser.error("waits counts CUDA's calls; on a CPU see test_no_step_waits_for_the_device in tests/test_train.py")
     if args.clock == "cpu":
@@ -585,7 +592,7 @@ def main():
     )
     text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
     print(f"\n{text}")
-    variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base")
+    variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base" if args.dtype == "fp32" else "bf16")
     name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + f"-{device.type}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

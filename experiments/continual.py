@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,13 +51,16 @@ def parse(argv):
     parser.add_argument("--disjoint", action="store_true")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
-        print(__doc__)
+        print(f"{__doc__}\nAll other settings are train.py's: python train.py --help")
+        sys.exit()
     return train.parse(rest) | vars(own)
 
 
 def check(s):
     """What can be judged before anything is loaded. Raises BadInput."""
     methods = train.listed(s.methods, "methods", known=METHODS)
+    if s.balance:
+        raise BadInput("--balance is between the tasks of one step, and here each is trained alone: leave it out")
     train.check(replace(s, methods="single"))  # here lori-s needs no lori-d beside it
     if "," not in s.tasks:
         raise BadInput(f"--tasks {s.tasks}: with one task there is nothing to forget; name at least two")
@@ -170,7 +172,7 @@ def compare(s, again):
     todo = [unit for unit in units if not unit.finished]
     print(f"{len(todo)} of {len(units)} runs to do, {s.steps} steps for each of {', '.join(names)}; out: {s.out}")
     total = sum(s.steps * len(tasks) * (2 if unit.method == "lori-s" else 1) for unit in todo)
-    with tqdm(total=total, unit="batch", mininterval=0.5 if sys.stderr.isatty() else 10, disable=not todo) as bar:
+    with runs.Bar(total, not todo) as bar:
         for unit in todo:
             with runs.locked(unit.folder):
                 if not unit.finished:  # by another process, meanwhile

@@ -69,7 +69,9 @@ def shuffled(gram, order):
 
 @dataclass
 class Settings(train.Settings):
-    control: str = train.setting("", "the sham in the projection's place", ["", "agree", "late", "shuffled"])
+    control: str = train.setting(
+        "", "the sham in the projection's place: agree, late or shuffled", ["", "agree", "late", "shuffled"]
+    )
 
 
 def check(s, given):

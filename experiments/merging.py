@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
+from support import runs  # noqa: E402
 from support.checkpoint import BadInput, read_json, write_text  # noqa: E402
 
 
@@ -25,8 +26,8 @@ def parse(argv):
         parser.add_argument(flag, default="")
     own, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
-        print(__doc__)
-        train.parse(["--help"])
+        print(f"{__doc__}\nAll other settings are train.py's: python train.py --help")
+        sys.exit()
     own.methods = train.listed(own.methods, "methods", known=train.METHODS)
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
     if not all(0 < weight <= 1e3 for weight in own.merge_weights):
@@ -38,36 +39,44 @@ def parse(argv):
 
 
 def merge_at(weight, trained, own, rest):
-    """{"METHOD at WEIGHT": {seed: scores}}, by a run that finds the adapters there, and merges. None where it fails."""
+    """Merge at a weight, by a run that finds the adapters there. Returns its exit status."""
     folder = Path(own.out) / f"{weight:g}"
     folder.mkdir(parents=True, exist_ok=True)
     for method in trained:
         if not (folder / method).exists():
             (folder / method).symlink_to(Path("..") / "trained" / method)
     flags = ["--methods", ",".join(own.methods), "--merge-weight", str(weight), "--out", str(folder), "--resume"]
-    if train.main([*rest, *flags]):
-        return None
-    found = read_json(folder / "results.json")
+    return train.main([*rest, *flags])
+
+
+def merged_at(weight, trained, own):
+    """What that run has found, as {"METHOD at WEIGHT": {seed: scores}} among "methods"."""
+    found = read_json(Path(own.out) / f"{weight:g}" / "results.json")
     merged = {f"{m} at {weight:g}": x for m, x in found["methods"].items() if m not in trained}
     return {name: x for name, x in found.items() if name != "summary"} | {"methods": merged}
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    again, runs.again = runs.again, lambda _, out, demo: again(argv, own.out, demo, "experiments/merging.py")
     try:
-        own, rest = parse(sys.argv[1:] if argv is None else argv)
+        own, rest = parse(argv)
         trained = [m for m in own.methods if not train.METHODS[m].source or train.METHODS[m].own]
         flags = ["--methods", ",".join(trained), "--out", str(Path(own.out) / "trained")]
         if status := train.main([*rest, *flags]):
             return status
-        found = [merge_at(weight, trained, own, rest) for weight in own.merge_weights]
-        if None in found:
-            return 2
+        for weight in own.merge_weights:
+            if status := merge_at(weight, trained, own, rest):
+                return status
+        found = [merged_at(weight, trained, own) for weight in own.merge_weights]
         methods = read_json(Path(own.out) / "trained" / "results.json")["methods"]
         methods |= {name: scores for x in found for name, scores in x["methods"].items()}
         write_text(Path(own.out) / "results.json", json.dumps(found[0] | {"methods": methods}, indent=1) + "\n")
     except (BadInput, OSError) as e:
         print(f"merging.py: {e}", file=sys.stderr)
         return 2
+    finally:
+        runs.again = again
 
 
 if __name__ == "__main__":

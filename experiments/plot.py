@@ -24,9 +24,10 @@ sys.path.insert(0, str(ROOT))
 from support.checkpoint import BadInput, read_json  # noqa: E402
 from support.table import seed_folders  # noqa: E402
 
-# Okabe and Ito's colours, which all eyes tell apart, and a dash for each, which print does.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+# Okabe and Ito's colours and two of Tol's, which all eyes tell apart, and a dash for each, which print does: as many
+# as there are tasks, or methods that are trained.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255", "#999933")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 4)), (0, (8, 2)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -68,9 +69,11 @@ def curve(seeds, task, of):
 
 def smoothed(values, width=5):
     """A running mean along the last axis, shorter at the ends."""
-    kernel = np.ones(width)
-    count = np.convolve(np.ones(values.shape[1]), kernel, "same")
-    return np.array([np.convolve(row, kernel, "same") for row in values]) / count
+
+    def sums(row):  # of the `width` around each, or as many as there are
+        return np.convolve(row, np.ones(width))[width // 2 :][: len(row)]
+
+    return np.array([sums(row) for row in values]) / sums(np.ones(values.shape[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,8 +105,8 @@ def score_and_loss(axes, task, logs, results, methods):
         draw_curve(axes[0], steps, values, k, method)
         ends = [found[task]["tasks"][task]["score"] for found in results[method].values() if task in found]
         last = max((e["step"] + 1 for entries in seeds.values() for e in entries.get(task, ())), default=0)
-        if ends and not len(steps):  # no --eval-every: the end alone
-            axes[0].plot(last, np.mean(ends), "o", color=COLORS[k], ms=5, label=method)
+        if ends and (not len(steps) or steps[-1] < last):  # not of --eval-every
+            axes[0].plot(last, np.mean(ends), "o", color=COLORS[k], ms=5, label=None if len(steps) else method)
         steps, values = curve(seeds, task, lambda e, t: e.get("loss", {}).get(t))
         if len(steps):
             draw_curve(axes[1], steps, smoothed(values), k, method)
@@ -162,7 +165,7 @@ def draw(out, method=""):
     logs, tasks = logs_of(out, about), about["tasks"]
     if not logs:
         raise BadInput(f"{out}: nothing has been logged there yet")
-    methods = [m for m in logs if m in about["methods"]][: len(COLORS)]
+    methods = [m for m in logs if m in about["methods"]]
     projected = [m for m in methods if about["methods"][m]["project"]]
     if method and method not in projected:
         raise BadInput(

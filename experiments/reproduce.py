@@ -32,7 +32,7 @@ from bench import installed, machine  # noqa: E402
 from plan import EXPERIMENTS  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a CPU, whatever else is there
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units
@@ -176,7 +176,7 @@ def demo(args):
     """The demo as README's first command runs it, and its picture, for which it is scored on the way."""
     folder, begin = Path(args.out).resolve() / "demo", time.perf_counter()
     run_demo = [sys.executable, "train.py", "--demo", "--eval-every", "25", "--out", str(folder), "--resume"]
-    subprocess.run(run_demo, check=True, cwd=ROOT)
+    subprocess.run(run_demo, check=True, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     about = facts("demo", demo.__doc__, args, time.perf_counter() - begin)
     found, table = json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
     write(

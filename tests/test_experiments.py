@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_what_is_finished_is_kept_and_a_run_without_resume_is_refused(tmp_path, 
         (["--jobs=2"], "leave out --jobs and torchrun"),
         (["--continual"], "--continual has moved"),
         (["--steps=0"], "--steps 0 is outside 1 to"),
-        (["--balance"], "--balance"),
+        (["--balance"], "--balance is between the tasks of one step"),
         (["--targets=nothing"], "--targets nothing"),
         (["--holdout=1000000"], "--holdout 1000000"),
         (["--resume", "--out="], "--resume needs --out"),
@@ -401,6 +402,18 @@ def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tm
     assert logs and all("trained" in path.parts for path in logs)
     assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2", "--resume"])
     assert [path.stat().st_mtime_ns for path in logs] == before
+
+
+def test_an_interruption_ends_merging_and_its_own_command_goes_on(tmp_path, flags, monkeypatch, capsys):
+    own = [*flags, "--methods=single,lora-merged", f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2"]
+    calls = mock.Mock(side_effect=[0, 130])
+    monkeypatch.setattr(train, "main", calls)
+    assert merging.main(own) == 130 and calls.call_count == 2
+    monkeypatch.undo()
+    (tmp_path / "out/trained").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out/trained/settings.json").write_text("{}")
+    assert merging.main(own) == 2
+    assert "python experiments/merging.py" in (said := capsys.readouterr().err) and said.strip().endswith("--resume")
 
 
 def test_mergings_help_says_what_it_is(capsys):

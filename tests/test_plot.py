@@ -15,6 +15,9 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import plot  # noqa: E402
 from conftest import trained  # noqa: E402
 
+import glue  # noqa: E402
+import train  # noqa: E402
+
 
 def axes_of(figure):
     """{(title or y label): axis}, of the first column where several have a label."""
@@ -110,6 +113,26 @@ def test_a_run_that_is_still_going_is_drawn(on_the_way):
     with open(on_the_way / "ortho" / "seed1" / "log.jsonl", "a") as log:
         log.write('{"step": 7, "lo')  # being written
     assert lines_of(axes_of(plot.draw(on_the_way))["sst2"])["ortho"][0].tolist() == [2, 4, 6]
+
+
+def test_a_run_that_has_just_begun_is_drawn(on_the_way):
+    for path in on_the_way.rglob("log.jsonl"):
+        path.write_text("\n".join(path.read_text().splitlines()[:3]) + "\n")
+    steps, losses = axes_of(plot.draw(on_the_way))["training loss"].get_lines()[1].get_data()
+    assert list(steps) == [1, 2] and losses[0] == pytest.approx(losses[1])  # each the mean of both
+
+
+def test_the_end_is_drawn_where_it_was_not_scored_on_the_way(on_the_way):
+    for path in on_the_way.rglob("log.jsonl"):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(x for x in lines if not ('"scores"' in x and '"step": 5' in x)) + "\n")
+    drawn = [line.get_xdata().tolist() for line in axes_of(plot.draw(on_the_way))["sst2"].get_lines()]
+    assert drawn == 3 * [[2, 4], [6]]
+
+
+def test_there_is_a_colour_for_each_task_and_each_trained_method():
+    trained = [m for m in train.METHODS.values() if not m.source or m.own]
+    assert len({*plot.COLORS}) == len({*plot.DASHES}) >= max(len(glue.TRAINED), len(trained))
 
 
 def test_what_can_not_be_drawn_is_said_in_one_line(on_the_way, tmp_path, capsys):
