@@ -543,13 +543,11 @@ def compare(s, given, argv, workers):
     print(f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps, into {s.out}", flush=True)
     total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
     with runs.Bar(total, RANK > 0 or not todo) as bar:
-        if s.jobs > 1 and todo:
-            workers.do(todo, (encoder, frozen, tasks, s), bar)
-        else:
-            for unit in todo:
-                run(unit, encoder, frozen, tasks, s, bar)
+        failed = workers.do(todo, (encoder, frozen, tasks, s), bar)
     if not RANK:
         print(f"\n{table.write(s.out)}\nall of it is in {s.out}; to draw it: python experiments/plot.py {s.out}")
+    if failed:
+        raise FloatingPointError("; ".join(map(str, failed)))
 
 
 def main(argv=None):

@@ -446,9 +446,27 @@ def work(run, parent):
         loaded = pickle.loads(parent.recv_bytes())
         while True:
             parent.send(None)  # no batches, but room for a unit
-            run(parent.recv(), *loaded, Ticks(parent))
-    except (BadInput, OSError, FloatingPointError, torch.OutOfMemoryError) as e:
+            try:
+                run(parent.recv(), *loaded, Ticks(parent))
+            except FloatingPointError as e:
+                parent.send(e)
+    except (BadInput, OSError, torch.OutOfMemoryError) as e:
         parent.send(e)
+
+
+def in_turn(run, units, loaded, bar):
+    """`Workers.do` without any, in this process."""
+    failed = []
+    for unit in units:
+        if failed and not unit.ready:
+            continue
+        try:
+            run(unit, *loaded, bar)
+        except FloatingPointError as e:
+            if WORLD > 1:  # the other processes may not know
+                raise
+            failed.append(e)
+    return failed
 
 
 class Workers:
@@ -486,9 +504,12 @@ class Workers:
     def do(self, units, loaded, bar):
         """run(unit, *loaded, bar) in them, each unit when what it is made of is finished. Raises a worker's error.
 
-        loaded goes to them as bytes, so they read nothing again, and need no shared memory.
+        But a FloatingPointError ends one training alone: the others go on, less what would be made of that one. Returns
+        a list of them. loaded goes to them as bytes, so they read nothing again, and need no shared memory.
         """
-        waiting, idle = sorted(units, key=lambda unit: -len(unit.tasks)), []  # long ones first: all end together
+        if not (units and self.started):
+            return in_turn(self.run, units, loaded, bar)
+        waiting, idle, failed = sorted(units, key=lambda unit: -len(unit.tasks)), [], []  # long first: all end together
         loaded = pickle.dumps(loaded)
         for worker in self.started:
             with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
@@ -501,12 +522,17 @@ class Workers:
                     self.started[worker].join()
                     code = self.started[worker].exitcode
                     raise ChildProcessError(f"a worker ended with exit code {code}") from None
-                if isinstance(said, Exception):
+                if isinstance(said, FloatingPointError):
+                    failed.append(said)
+                elif isinstance(said, Exception):
                     raise said
-                if said is None:
+                elif said is None:
                     idle.append(worker)
                 else:
                     bar.update(said) if said > 0 else bar.skip(-said)
             for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
                 waiting.remove(unit)
                 idle.pop().send(unit)
+            if failed and len(idle) == len(self.started):
+                break  # what is left would be made of what has failed
+        return failed
