@@ -88,7 +88,7 @@ def machine(device):
     """What a number was measured on, and with which commit."""
     return {
         "hardware": runs.hardware(torch.nn.Linear(1, 1, device=device)),
-        "processor": processor(),
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
