@@ -74,10 +74,10 @@ def logits_of(model, task, encoded):
 
 
 def predict(model, task, encoded):
-    """Class ids, or scores: (n,). Raises BadInput where an output is not finite: argmax would make a class of it."""
+    """Class ids, or scores: (n,). FloatingPointError where an output is not finite: argmax would make a class of it."""
     logits = logits_of(model, task, encoded)
     if not logits.isfinite().all():
-        raise BadInput(f"{task}: not all outputs are finite (has training diverged?)")
+        raise FloatingPointError(f"{task}: not all outputs are finite")
     return (logits.squeeze(1) if TASKS[task].outputs == 1 else logits.argmax(1)).numpy()
 
 
@@ -209,7 +209,7 @@ def main(argv=None):
             raise BadInput(f"--tasks {args.tasks}: {args.adapter} has {len(found)} adapters, which say their own")
         check(about, args.submit)
         done = [evaluate(folder, said, device, args.submit) for folder, said in zip(found, about, strict=True)]
-    except (BadInput, OSError) as e:  # the user's; or a full disk, a folder taken away
+    except (BadInput, OSError, FloatingPointError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

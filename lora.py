@@ -202,8 +202,9 @@ def peft_adapter(model, prefix=""):
     head's tensors under "base_model.model." + name. prefix: where `model` stands in what peft gets, such as "bert.".
     Raises ValueError: no LoRA layers; some with rslora and some without; a prefix that does not end in a dot.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper; of one inside, the name goes below
     model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    found = {path: prefix + path.replace("_orig_mod.", "") for path, _ in model.named_modules()}  # torch.compile's
+    found = {p: prefix + p.replace("._orig_mod", "").replace("_orig_mod.", "") for p, _ in model.named_modules()}
     layers = {found[path]: layer for path, layer in lora_layers(model).items()}
     if len({layer.rslora for layer in layers.values()}) != 1:
         raise ValueError("peft_adapter: no LoRA layers, or some with rslora and some without")

@@ -512,7 +512,7 @@ def load_or_demo(s, given):
 def open_out(s, encoder, tasks, again):
     """Make the out folder, or hold what binds it against this run."""
     settings = {name: value for name, value in asdict(s).items() if name not in UNBOUND}
-    usual = asdict(Settings(**DEMO if s.demo else {}))
+    usual = asdict(type(s)(**DEMO if s.demo else {}))
     about = {what: Path(x).name if Path(x).exists() else x for what, x in (("model", s.model), ("glue", s.glue))}
     guesses = {data.name: np.full(len(data.validation), data.majority()) for data in tasks}
     about["majority"] = {d.name: score(d.name, guesses[d.name], d.validation_labels) for d in tasks}

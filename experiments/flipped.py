@@ -37,7 +37,7 @@ def mixture(glue, split, rng):
     """[(text, text, label, is it a question)] in random order."""
     drawn, count = [], QUARTER[split]
     for source, columns in SOURCES.items():
-        data = read_splits(source, glue)[split]
+        data = read_splits(source, glue, (split,))[split]
         rows = sorted(set(zip(*(data[name] for name in columns), strict=True)))
         if source == "stsb":
             rows = [(*texts, similar(score)) for *texts, score in rows]

@@ -8,6 +8,7 @@ OUT/results.json has the scores of the adapters, and of all merges by names such
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def parse(argv):
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
     if not all(0 < weight <= 1e3 for weight in own.merge_weights):
         raise BadInput(f"--merge-weights {own.merge_weights}: above 0, and at most 1,000")
+    if runs.WORLD > 1:
+        raise BadInput("merging.py is one process: leave out torchrun")
+    own.out = os.path.expanduser(own.out)
     if not own.out:
         raise BadInput("merging.py wants --out FOLDER")
     train.check(train.Settings(**train.parse([*rest, "--methods", ",".join(own.methods), "--out", own.out])))

@@ -307,6 +307,16 @@ ACROSS = {
             ("p = 0.5, 400 steps, lr 0.008", "joint, balanced"),
             ("p = 0.5, 400 steps, lr 0.004", "single"),
         ),
+        (
+            "ortho, steps, at 0.004, less ortho, balanced, at 0.008, 400 steps",
+            ("tries, 400 steps, lr 0.004", "ortho, steps"),
+            ("tries, 400 steps, lr 0.008", "ortho, balanced"),
+        ),
+        (
+            "ortho, balanced, at 0.008, 400 steps, run again elsewhere, less the first run",
+            ("tries, 400 steps, lr 0.008", "ortho, balanced"),
+            ("p = 0.5, 400 steps, lr 0.008", "ortho, balanced"),
+        ),
         *(
             (
                 f"{row}, less {base}, both at 0.008, {steps} steps",

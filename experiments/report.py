@@ -290,6 +290,11 @@ def cell_text(name, rows):
     return parts
 
 
+def tries_text(name, rows):
+    """What changes to the method score, and how far that is from the method: no more is asked of them."""
+    return cell_text(name, rows)[:3]
+
+
 def by_method(rows):
     """{method: {seed: unit}} of rows whose units have several methods, each as if it had been run alone."""
     found = {}
@@ -518,7 +523,7 @@ def experiment_table(folder):
             continue
         cell = EXPERIMENTS[folder.name][1][name]
         several = any(len(unit["results"]) > 1 for found in rows.values() for unit in found.values())
-        kinds = {"premise": premise_text, "continual": continual_text}
+        kinds = {"premise": premise_text, "continual": continual_text, "tries": tries_text}
         kind = kinds.get(Path(cell.script).stem, lori_text if several else cell_text)
         least = 1 if kind is premise_text else min(ENOUGH, len(cell.seeds))  # its errors are those of each seed
         enough = {row: found for row, found in rows.items() if len(found) >= least}

@@ -158,7 +158,7 @@ def quiet():
 
 
 FORMATS = {".parquet": {}, ".json": {}, ".jsonl": {}}  # {its suffix: what load_dataset is told}
-FORMATS[".csv"] = {"keep_default_na": False, "na_values": {"label": [""]}}  # "None" and "null" are texts
+FORMATS[".csv"] = {"keep_default_na": False, "na_values": [""]}  # "None" and "null" are texts
 
 
 def split_files(folder):
@@ -169,7 +169,7 @@ def split_files(folder):
     splits = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in FORMATS and not path.name.startswith("."):
-            splits.setdefault(re.sub(r"-\d+(-of-\d+.*)?$", "", path.stem), []).append(path.name)
+            splits.setdefault(re.sub(r"-\d+(-of-\d+(-[0-9a-f]+)?)?$", "", path.stem), []).append(path.name)
     return splits
 
 

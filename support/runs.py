@@ -446,12 +446,18 @@ def work(run, parent):
         loaded = pickle.loads(parent.recv_bytes())
         while True:
             parent.send(None)  # no batches, but room for a unit
+            unit = parent.recv()
             try:
-                run(parent.recv(), *loaded, Ticks(parent))
+                run(unit, *loaded, Ticks(parent))
             except FloatingPointError as e:
-                parent.send(e)
+                parent.send(named(e, unit))
     except (BadInput, OSError, torch.OutOfMemoryError) as e:
         parent.send(e)
+
+
+def named(e, unit):
+    """A FloatingPointError that says of which unit it is, and keeps nothing of it in memory, as a traceback does."""
+    return FloatingPointError(str(e) if str(e).startswith(str(unit)) else f"{unit}: {e}")
 
 
 def in_turn(run, units, loaded, bar):
@@ -465,7 +471,7 @@ def in_turn(run, units, loaded, bar):
         except FloatingPointError as e:
             if WORLD > 1:  # the other processes may not know
                 raise
-            failed.append(e)
+            failed.append(named(e, unit))
     return failed
 
 

@@ -326,6 +326,8 @@ def test_files_that_are_no_split_are_left_alone(tmp_path):
     folder = write(tmp_path, "rte", "train", rows_of("rte", [0, 1]), suffix="jsonl") / "rte"
     shutil.copy(folder / "train.jsonl", folder / "train.old.jsonl")
     shutil.copy(folder / "train.jsonl", folder / "train-dev.jsonl")
+    shutil.copy(folder / "train.jsonl", folder / "train-00000-of-00001.old.jsonl")
+    shutil.copy(folder / "train.jsonl", folder / "train (copy).jsonl")
     (folder / "._train.jsonl").write_bytes(b"\0\5\x16\7")
     (folder / "stats.json").write_text('{"rows": 2}')
     (folder / "test.csv").write_text("sentence1,sentence2\na,b\n")
@@ -340,6 +342,9 @@ def test_a_csv_may_say_none(tmp_path):
     assert glue.load_task("sst2", tmp_path).texts == [("None",), ("NA",), ("null",)]
     (tmp_path / "sst2/test.csv").write_text("sentence,label\nnan,\n")
     assert glue.load_task("sst2", tmp_path, "test").labels.tolist() == [-1]
+    (tmp_path / "sst2/train.csv").write_text("sentence,label\n,1\n")
+    with pytest.raises(BadInput, match="row 0 has None in column 'sentence' in place of text"):
+        glue.load_task("sst2", tmp_path)
     (tmp_path / "sst2/validation.csv").write_text("sentence,label\na,1\nb,\n")
     with pytest.raises(BadInput, match="row 1 has label (None|nan); allowed"):
         glue.load_task("sst2", tmp_path, "validation")

@@ -617,15 +617,15 @@ def test_a_wrapper_is_no_part_of_a_path(tmp_path):
     parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(parallel)
     parallel.module = model
-    for wrapped in (torch.compile(model), parallel):
+    for wrapped in (torch.compile(model), parallel, torch.compile(parallel)):
         theirs = load_in_peft(base, tmp_path, *peft_adapter(wrapped))
         torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
     within = nn.ModuleDict({"a": torch.compile(nn.ModuleDict({"q": nn.Linear(2, 2)}))})
     add_lora(within, ["q"])
-    assert (
-        peft_adapter(within)[1]["target_modules"] == ["q"]
-        and "base_model.model.a.q.lora_A.weight" in peft_adapter(within)[0]
-    )
+    layer = nn.ModuleDict({"a": nn.ModuleDict({"q": torch.compile(LoRALinear(nn.Linear(2, 2), 2, 4))})})
+    for module in (within, layer):
+        tensors, config = peft_adapter(module)
+        assert config["target_modules"] == ["q"] and "base_model.model.a.q.lora_A.weight" in tensors
 
 
 def test_an_adapter_of_one_tower_is_not_the_other_s(tmp_path):

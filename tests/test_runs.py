@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import errno
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import kills
@@ -568,6 +570,24 @@ def test_a_training_that_diverges_stops_no_other(run, tmp_path, jobs):
     assert all(f"{unit}, step 5" in err for unit in ("joint, seed 0", "single, seed 0, stsb", "lori-d, seed 0, stsb"))
     done = sorted(str(path.parent.relative_to(tmp_path / "out")) for path in tmp_path.rglob("result.json"))
     assert done == ["lori-d/seed0/sst2", "single/seed0/sst2"]
+
+
+def test_what_has_diverged_is_named_and_holds_no_memory():
+    """Also where it shows in the outputs alone, when it is scored."""
+    held = []
+
+    def diverge(unit, bar):
+        model = torch.nn.Identity()
+        held.append(weakref.ref(model))
+        raise FloatingPointError(f"{unit}, step 3" if unit == "a" else "sst2: not all outputs are finite")
+
+    class Unit(str):
+        ready = True
+
+    said = [str(e) for e in runs.in_turn(diverge, [Unit("a"), Unit("b")], [], None)]
+    assert said == ["a, step 3", "b: sst2: not all outputs are finite"]
+    gc.collect()
+    assert len(held) == 2 and not any(model() for model in held)
 
 
 def test_a_killed_worker_ends_all(run, tmp_path):

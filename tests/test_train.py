@@ -336,7 +336,7 @@ def ten_steps(monkeypatch, method, s):
     model = train.build(method, frozen, tasks, 0, s).to("meta")
     monkeypatch.setattr(runs, "resume", lambda *_: (1, 0.0))
     bar = mock.Mock()
-    bar.update.side_effect = [None] * 10 + [Enough]  # one for the step before the first
+    bar.update.side_effect = [None] * 10 + [Enough]
     unit = runs.Unit(Path("nowhere"), method, 0, ("sst2", "mnli", "stsb"))
     with pytest.raises(Enough):
         train.train(unit, model, tasks, encoder, s, None, bar)
