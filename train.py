@@ -421,9 +421,7 @@ def run_training(unit, encoder, frozen, tasks, s, bar):
     result = {"adapter_parameters": lori.trained_scalars(model.encoder)}
     with open(os.devnull if RANK else unit.folder / "log.jsonl", "a", encoding="utf-8") as log:
         watch, seconds = train(unit, model, tasks, encoder, s, log, bar)
-    timing = runs.timing(
-        unit, encoder, seconds, s.steps, s.eval_every
-    )  # before scoring, whose memory is not the training's
+    timing = runs.timing(unit, encoder, seconds, s.steps, s.eval_every)  # now: scoring's memory is not training's
     if watch.sums:
         result["conflicts"] = table.statistics(watch, projected_blocks(unit.method, model, s)[1])
     if masks:
