@@ -308,9 +308,22 @@ ACROSS = {
             ("p = 0.5, 400 steps, lr 0.004", "single"),
         ),
         (
+            "ortho, steps, at 0.002, less ortho, balanced, at 0.004, 400 steps",
+            ("tries, 400 steps, lr 0.002", "ortho, steps"),
+            ("tries, 400 steps, lr 0.004", "ortho, balanced"),
+        ),
+        (
             "ortho, steps, at 0.004, less ortho, balanced, at 0.008, 400 steps",
             ("tries, 400 steps, lr 0.004", "ortho, steps"),
             ("tries, 400 steps, lr 0.008", "ortho, balanced"),
+        ),
+        *(
+            (
+                f"ortho, steps, less its agreeing sham, both at {rate}, 400 steps",
+                (f"tries, 400 steps, lr {rate}", "ortho, steps"),
+                (f"tries, 400 steps, lr {rate}", "ortho, steps, agree"),
+            )
+            for rate in (0.002, 0.004)
         ),
         (
             "ortho, balanced, at 0.008, 400 steps, run again elsewhere, less the first run",
