@@ -338,6 +338,7 @@ ACROSS = {
             )
             for steps in (1600, 400)
             for row, base in (
+                ("ortho", "pcgrad"),
                 ("joint, weight 5", "ortho"),
                 ("joint, balanced", "ortho"),
                 ("ortho, balanced", "joint, balanced"),
