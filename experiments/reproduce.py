@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import installed, machine  # noqa: E402
+from bf16 import slow_in_bf16  # noqa: E402
 from plan import EXPERIMENTS  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -105,10 +106,13 @@ def run(unit, args):
     """Run a unit, and write its file. Raises SystemExit where it fails."""
     folder, begin = Path(args.out) / unit.experiment / str(unit), time.perf_counter()
     script, *flags = words(unit, *data_of(unit, args))
-    about = machine(torch.device("cpu"))
+    about, run_it = machine(torch.device("cpu")), []
+    if "bf16" in flags and slow_in_bf16():
+        run_it = [str(ROOT / "experiments" / "bf16.py")]
+        about["processor"] += ", products of bf16 in float32"
     folder.mkdir(parents=True, exist_ok=True)
     again = ["--resume"] * (script != "experiments/premise.py")
-    command = [sys.executable, str(ROOT / script), *flags, "--out", str(folder), *again]
+    command = [sys.executable, *run_it, str(ROOT / script), *flags, "--out", str(folder), *again]
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=ONE_THREAD).returncode
     if code:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import bench  # noqa: E402
+import bf16  # noqa: E402
 import continual  # noqa: E402
 import controls  # noqa: E402
 import flipped  # noqa: E402
@@ -628,6 +629,41 @@ def test_a_failing_unit_says_where_its_output_is(tmp_path, small):
     with pytest.raises(SystemExit, match=r"ended with 2; see .*output.txt"):
         small({"one": plan.Cell(SMALL + " --lr -1", {"joint": "--methods joint"}, range(1))})
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_products_in_float32_are_rounded_once_and_others_are_as_they_were(dtype):
+    torch.manual_seed(0)
+    a, b, c = (torch.randn(5, 4, 6, dtype=dtype), torch.randn(5, 6, 3, dtype=dtype), torch.randn(3, dtype=dtype))
+    layer, x = torch.nn.Linear(6, 3).to(dtype), a.clone().requires_grad_()
+
+    def products():
+        x.grad = layer.weight.grad = None
+        layer(x).square().sum().backward()
+        return [a[0] @ b[0], a @ b, torch.addmm(c, a[0], b[0], alpha=2), layer(x).detach(), x.grad, layer.weight.grad]
+
+    plain, replaced = products(), bf16.replace()
+    ours = products()
+    del replaced
+    exact = [a[0].double() @ b[0].double(), a.double() @ b.double(), c.double() + 2 * (a[0].double() @ b[0].double())]
+    for said, true in zip(ours, exact, strict=False):
+        assert said.dtype == dtype
+        torch.testing.assert_close(said, true.to(dtype), rtol=1e-6, atol=1e-6)  # bf16's next number is 4e-3 away
+    for said, before in zip(ours, plain, strict=True):
+        assert said.dtype == before.dtype
+        torch.testing.assert_close(said, before, rtol=1e-2 * (dtype == torch.bfloat16), atol=0)
+    assert all(map(torch.equal, products(), plain))  # gone
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_unit_in_bf16_says_how_it_was_multiplied(slow, small, monkeypatch):
+    monkeypatch.setattr(reproduce, "slow_in_bf16", lambda: slow)
+    cells = {n: plan.Cell(f"{SMALL} --dtype {n}", {"joint": "--methods joint"}, range(1)) for n in ("bf16", "fp32")}
+    found = small(cells)
+    assert found["bf16-joint-seed0"]["processor"].endswith("products of bf16 in float32") == slow
+    assert not found["fp32-joint-seed0"]["processor"].endswith("in float32")
+    losses = [unit["results"]["joint"]["tasks"]["sst2"]["loss"] for unit in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_every_flag_of_the_plan_is_its_scripts():

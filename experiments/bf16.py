@@ -1,0 +1,53 @@
+"""A script, with products of bf16 matrices made in float32, for a CPU on which they are slow (no AVX-512, say).
+
+    python experiments/bf16.py experiments/controls.py --dtype bf16 …      the flags are the script's
+
+Where the CPU has them, kernels for bf16 sum in float32, too, and round once, at the end. So this is the same arithmetic
+but for the order of the sums, which a machine chooses anyway; and tens of times as fast as what torch does there.
+reproduce.py runs its units so where torch has no such kernels, and they say so.
+"""
+
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+PRODUCTS = {"mm": torch.mm, "addmm": torch.addmm, "bmm": torch.bmm}
+
+
+def slow_in_bf16():
+    """Whether torch has no kernels of its own for products in bf16 on this CPU."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widened(product):
+    """aten's `product` of the last two of some matrices: of bf16 ones in float32, then rounded. For a CPU alone."""
+
+    def of(*matrices, **scalars):
+        *batch, rows, _ = matrices[-2].shape
+        wide = [x.float() if x.dtype == torch.bfloat16 else x for x in matrices]
+        # into a tensor that is given: another operator of aten, which is not replaced
+        out = wide[-1].new_empty(*batch, rows, matrices[-1].shape[-1])
+        return product(*wide, **scalars, out=out).to(matrices[-1].dtype)
+
+    return of
+
+
+def replace():
+    """Replace aten's products until the library that is returned is gone."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name, product in PRODUCTS.items():
+            library.impl(name, widened(product), "CPU")
+    return library
+
+
+if __name__ == "__main__":
+    replaced = replace()
+    script = Path(sys.argv[1]).resolve()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(script.parent)  # where the script's own imports are
+    runpy.run_path(str(script), run_name="__main__")
