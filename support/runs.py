@@ -110,6 +110,8 @@ def end(main):
     Under torchrun at once, and without parting from the others: after an error in one process, NCCL would wait for
     them for ever, and while the interpreter ends, a thread of gloo's may abort it.
     """
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a table has "±", which not every terminal can show
     if WORLD == 1:
         sys.exit(main())
     try:
@@ -286,6 +288,7 @@ def facts(encoder, tasks):
     found = {"device": next(encoder.parameters()).device.type, "processes": WORLD, "threads": torch.get_num_threads()}
     found |= {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     found["the weights of the model"] = weights_checksum(encoder)
+    found |= {f"the model's {name}": value for name, value in vars(encoder.config).items()}
     for data in tasks:
         rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
         labels = np.concatenate([data.train_labels, data.validation_labels])

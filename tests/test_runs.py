@@ -412,6 +412,11 @@ def test_other_data_and_weights_are_refused_and_copies_are_not(demo, interrupted
     assert train.main(again) == 2 and "the weights of the model was" in ours(capsys.readouterr().err)
     assert stamps(interrupted) == before
     shutil.copy(copy / "weights", weights)
+    config, text = copy / "model/config.json", (copy / "model/config.json").read_text()
+    config.write_text(json.dumps(json.loads(text) | {"layer_norm_eps": 0.1}))
+    assert train.main(again) == 2 and "the model's layer_norm_eps was" in ours(capsys.readouterr().err)
+    assert stamps(interrupted) == before
+    config.write_text(text)
 
     assert not train.main(again)
     results = json.loads(whole()["results.json"])
@@ -692,6 +697,13 @@ def test_under_torchrun_nothing_runs_while_the_interpreter_ends(world, said):
     assert (done.returncode, done.stdout) == (2, said), done.stderr
     done = subprocess.run([sys.executable, "-c", code.replace("2)", "1 / 0)")], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, said) and done.stderr.count("ZeroDivisionError: ") == 1  # a bug's
+
+
+def test_a_terminal_without_the_tables_signs_gets_the_table_all_the_same():
+    code = "from support import runs; runs.end(lambda: print('88.4 ± 3.8'))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "88.4 ? 3.8\n"), done.stderr
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("mine"), getattr(torch, "AcceleratorError", None)])
