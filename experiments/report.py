@@ -515,9 +515,17 @@ def beside(cell, units):
     return {said: rows[row] for row, said in named.items() if len(rows.get(row, ())) >= ENOUGH}
 
 
+def folded(name, *parts):
+    return "\n\n".join([f"<details><summary>{name}</summary>", *parts, "</details>"])
+
+
 def experiment_table(folder):
-    """The text of results.md for an experiment's units: its cells, then what rates and weights were chosen by."""
+    """The text of results.md for an experiment's units: its first cell, or the one of a contrast, then, to be unfolded,
+    the others, differences across cells, and what rates and weights were chosen by."""
     cells, parts = units_of(folder), []
+    judged = [c.cell for c in CONTRASTS if c.experiment == folder.name]
+    first = (judged + [name for name in EXPERIMENTS[folder.name][1] if not name.startswith("search")])[0]
+    cells = {name: cells[name] for name in sorted(cells, key=lambda name: name != first)}
     for name, rows in cells.items():
         if name.startswith("search"):
             continue
@@ -532,27 +540,29 @@ def experiment_table(folder):
             done = sum(map(len, rows.values()))
             parts.append(f"### {name}\n\n{done} of {len(cell.rows) * len(cell.seeds)} units: not yet.")
         else:
-            parts += [*kind(name, enough), *([f"Not there yet: {', '.join(missing)}."] if missing else [])]
+            heading, *found = kind(name, enough)
+            found += [f"Not there yet: {', '.join(missing)}."] if missing else []
+            parts += [heading, *found] if name == first else [folded(name, *found)]
     across = [
         (said, cells[cell][row], cells[other][base])
         for said, (cell, row), (other, base) in ACROSS.get(folder.name, ())
         if row in cells.get(cell, {}) and base in cells.get(other, {})
     ]
-    if across:
-        tasks = list(entry(next(iter(across[0][1].values())))["tasks"])
-        parts += ["### Across cells", markdown(difference_table("", across, tasks))]
     for name, rows in cells.items():
         more = beside(name, cells)
         single = more.get("single, W = 1")
         if single and len(rows.get("joint", ())) >= ENOUGH:
             found = shares({"single": single} | rows, list(entry(next(iter(rows["joint"].values())))["tasks"]))
             parts += [f"{name}, where the gap's other end is the `single` of W = 1:", *found]
+    if across:
+        tasks = list(entry(next(iter(across[0][1].values())))["tasks"])
+        parts.append(folded("Across cells", markdown(difference_table("", across, tasks))))
     for name, rows in cells.items():
         if name.startswith("search"):
             cell = EXPERIMENTS[folder.name][1][name]
             tables = trained_and_merged(rows) if cell.script == "experiments/merging.py" else [rows]
             whole = all(len(rows.get(row, ())) == len(cell.seeds) for row in cell.rows)
-            parts += [f"### {name}", *(markdown(search_table(found, whole)) for found in tables)]
+            parts.append(folded(name, *(markdown(search_table(found, whole)) for found in tables)))
     return "\n\n".join([*parts, origin(folder.name, cells)]) + "\n"
 
 

@@ -301,6 +301,8 @@ def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch)
     assert (
         f"W = 1:\n\n- Share of the gap, `ortho`: of the average {mean:.0f} % [{low:.0f}, {high:.0f}]; of sst2" in text
     )
+    shown, _, folded = text.partition("<details><summary>W = 1</summary>")
+    assert shown.startswith("### W = 10") and "</details>" in folded
 
 
 def test_a_construction_is_not_called_by_the_names_of_glue(tmp_path, monkeypatch):
