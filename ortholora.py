@@ -95,7 +95,7 @@ class Conflicts:
 
     cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
-    removed   (blocks, T)     |g_i - v_i| / |g_i|, the share of task i's gradient that projection took; 0 if g_i is 0
+    removed   (blocks, T)     |g_i - v_i| / |g_i|, how far projection moved it, at most 1 for T = 2; 0 if g_i is 0
     finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); else 0 above
     weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
                               projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
@@ -156,7 +156,7 @@ class Conflicts:
 class OrthoLoRA:
     """Per-task gradients in, one projected gradient out.
 
-        ortho = OrthoLoRA(blocks, num_tasks=len(tasks))  # where the optimizer is made, last
+        ortho = OrthoLoRA(blocks, num_tasks=len(tasks))  # last: after .to(device), a cast, prepare
         for each step:
             optimizer.zero_grad()
             for t in range(len(tasks)):

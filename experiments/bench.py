@@ -8,8 +8,9 @@
     python experiments/bench.py padding --model … --glue …           batches of alike lengths against plain shuffling
     python experiments/bench.py waits --model FOLDER_OR_ID           on a GPU: how often ten steps wait for it
 
-Every table is one run: the modes take turns, round after round, and what is compared are their medians. Times of two
-runs, or of two machines, are not comparable. Peers (torchjd; transformers with peft) are timed where installed.
+Every table is one run. Times are medians of rounds in which the modes take turns (of --rounds a fifth at 7b and from 32
+tasks on; padding's are sums). Times of two runs, or of two machines, are not comparable. Peers (torchjd; transformers
+with peft) are timed where installed, and left out elsewhere.
 What is printed is also written to experiments/results/bench-WHAT-….json and .md; --out FOLDER puts it elsewhere.
 """
 
@@ -590,7 +591,8 @@ def main():
         f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
         f"commit {about['commit']}, {about['date']}"
     )
-    text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {args.rounds} rounds, {where}."])
+    rounds = f"{args.rounds} rounds, " if args.what in ("project", "step") else ""
+    text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {rounds}{where}."])
     print(f"\n{text}")
     variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base" if args.dtype == "fp32" else "bf16")
     name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + f"-{device.type}"

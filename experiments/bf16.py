@@ -4,7 +4,7 @@
 
 Where the CPU has them, kernels for bf16 sum in float32, too, and round once, at the end. So this is the same arithmetic
 but for the order of the sums, which a machine chooses anyway; and tens of times as fast as what torch does there.
-reproduce.py runs its units so where torch has no such kernels, and they say so.
+reproduce.py runs its units so where torch has no such kernels, and they say so. In this process alone: not for --jobs.
 """
 
 import runpy
@@ -19,18 +19,17 @@ PRODUCTS = {"mm": torch.mm, "addmm": torch.addmm, "bmm": torch.bmm}
 
 def slow_in_bf16():
     """Whether torch has no kernels of its own for products in bf16 on this CPU."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widened(product):
     """aten's `product` of the last two of some matrices: of bf16 ones in float32, then rounded. For a CPU alone."""
 
     def of(*matrices, **scalars):
-        *batch, rows, _ = matrices[-2].shape
-        wide = [x.float() if x.dtype == torch.bfloat16 else x for x in matrices]
-        # into a tensor that is given: another operator of aten, which is not replaced
-        out = wide[-1].new_empty(*batch, rows, matrices[-1].shape[-1])
-        return product(*wide, **scalars, out=out).to(matrices[-1].dtype)
+        dtypes = {x.dtype for x in matrices}
+        wide = [x.float() for x in matrices] if dtypes == {torch.bfloat16} else matrices
+        # into a tensor that is given: another operator of aten, which is not replaced, and has torch's own errors
+        return product(*wide, **scalars, out=wide[-1].new_empty(0)).to(matrices[-1].dtype)
 
     return of
 

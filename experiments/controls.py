@@ -1,7 +1,7 @@
 """Shams: what is left of Ortho-LoRA's gain where no conflict is resolved? train.py, with the projection replaced.
 
     python experiments/controls.py --methods ortho --control agree …      the other flags are train.py's
-    python experiments/controls.py …                                      no sham: train.py as it is
+    python experiments/controls.py …                                      no sham: as train.py trains
 
 They replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
 

@@ -6,7 +6,7 @@ The other flags are train.py's, as far as they are about joint training without 
 checkpoint says; it runs on the CPU. After 25, 100 and all --steps, training stops for a while, and 512 batches of each
 task, drawn anew from its training rows, are run through the model as it stands, in G = 8 groups of 64. With x_gi the
 mean gradient of task i in group g, the products of the true mean gradients, free of bias as far as the groups are
-independent (a task of fewer than 4,096 rows is read more than once, pass by pass, so nearly), are
+independent (a task of fewer rows than 512 batches have is read more than once, pass by pass, so nearly), are
 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
 

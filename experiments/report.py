@@ -47,7 +47,7 @@ def interval(differences, level=0.95):
 
 
 def fieller(gain, gap):
-    """(low, high) for the ratio of the means of two paired samples, or None where the gap's own interval has 0 in it.
+    """(low, high) for the ratio of the means of two paired samples, or None where the gap's interval is not above 0.
 
     Fieller's interval: all θ at which the mean of gain - θ gap does not differ from 0, so the roots of
     (ȳ² - t² s_yy/n) θ² - 2 (x̄ȳ - t² s_xy/n) θ + (x̄² - t² s_xx/n), x the gain and y the gap. It is an interval only

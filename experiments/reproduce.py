@@ -1,4 +1,4 @@
-"""Every published number: runs the units of plan.py as a user would, and gathers them in experiments/results/NAME/.
+"""The experiments' numbers: runs the units of plan.py as a user would, and gathers them in experiments/results/NAME/.
 
     python experiments/reproduce.py                                         what there is, and how much of it is there
     python experiments/reproduce.py scales --model MODEL --glue GLUE        one experiment (folders, or ids on the Hub)
@@ -6,7 +6,8 @@
 
 A unit is one row with one seed, on one thread. What it says goes to results/NAME/units/, and what stands there is not
 run again; a unit that was interrupted goes on, but for premise's, the late sham's and tries.py's, which start over. So
-the same command continues, whenever and wherever it is given. `report.py` turns the units into tables and figures.
+the same command continues, whenever it is given; on another machine or commit, what was begun starts over, too.
+`report.py` turns the units into tables and figures.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +94,17 @@ def data_of(unit, args):
     share, holdout = (*made, "0")[:2]
     folder = Path(args.out).resolve() / "-".join([kind, *made, *[str(unit.seed)] * (kind == "toy")])
     with making:  # one at a time, so none twice
-        if not (folder / "made").exists():
+        maker = ROOT / ("support/toy.py" if kind == "toy" else "experiments/flipped.py")
+        out_of = f"{zlib.crc32(maker.read_bytes())} {'' if kind == 'toy' else args.glue}"
+        if not (folder / "made").exists() or (folder / "made").read_text() != out_of:  # else, or half made, anew
+            shutil.rmtree(folder, ignore_errors=True)
             toy = ["-m", "support.toy", str(folder), "--seed", str(unit.seed), "--conflict", share]
             flipped = ["experiments/flipped.py", str(folder), "--glue", str(args.glue), "--share", share]
             flipped += ["--holdout", holdout]
             command = [sys.executable, *(toy if kind == "toy" else flipped)]
             if code := subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD).returncode:
                 raise SystemExit(f"{shlex.join(command)}\nended with {code}")
-            (folder / "made").touch()
+            (folder / "made").write_text(out_of)
     return (str(folder / "model"), str(folder / "glue")) if kind == "toy" else (args.model, str(folder))
 
 
@@ -110,7 +116,11 @@ def run(unit, args):
     if "bf16" in flags and slow_in_bf16():
         run_it = [str(ROOT / "experiments" / "bf16.py")]
         about["processor"] += ", products of bf16 in float32"
-    folder.mkdir(parents=True, exist_ok=True)
+    begun, where = folder / "begun.json", json.dumps(about | {"date": ""}, indent=1)
+    if not begun.exists() or begun.read_text() != where:  # begun on another machine or commit, so it starts over
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        begun.write_text(where)
     again = ["--resume"] * (script != "experiments/premise.py")
     command = [sys.executable, *run_it, str(ROOT / script), *flags, "--out", str(folder), *again]
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
@@ -128,6 +138,7 @@ def gathered(unit, folder, about):
     """
     found = json.loads((folder / "results.json").read_text())
     times = [json.loads(path.read_text()) for path in folder.rglob("timing.json")]
+    facts = json.loads((folder / "settings.json").read_text())["facts"] if (folder / "settings.json").exists() else {}
     losses = json.loads((folder / "losses.json").read_text()) if (folder / "losses.json").exists() else {}
     results = {}
     for method, entries in found["methods"].items():
@@ -144,6 +155,7 @@ def gathered(unit, folder, about):
         "command": shlex.join(["python", *words(unit, "MODEL", "GLUE")]),
         "data": unit.cell.data,
         "tasks": found["tasks"],
+        "checksums": {name: facts[name] for name in facts if name.startswith(("the weights of", "the data of"))},
         **about,
         "hardware": times[0]["hardware"],
         "source": ", ".join(sorted({unit["source"] for unit in times})),

@@ -5,8 +5,8 @@
 The other flags are controls.py's. In the place of --balance, each task's row, (P,), becomes
 
     steps    the step that Adam would take for that task alone, m / (sqrt(v) + eps), with moments of its own. The sum of
-             the projected steps is the adapter's step as it is; only the heads are still AdamW's. (AdaTask, arXiv
-             2211.15055, has such moments, and no projection.) Nothing is clipped
+             the projected steps is the adapter's step as it is, beside weight decay; only the heads are still
+             AdamW's. (AdaTask, arXiv 2211.15055, has such moments, and no projection.) Nothing is clipped
     running  g_i times the tasks' mean of s over s_i, with s_i^2 the running mean of |g_i|^2, of decay 0.95: balance,
              without forgetting how much shorter than before a task's gradient is in this step
 """

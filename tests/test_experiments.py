@@ -600,6 +600,42 @@ def test_reproduce_runs_what_is_missing_and_says_where_it_comes_from(tmp_path, s
     assert len(small(cells)) == 6
 
 
+def test_a_unit_says_what_it_read_and_one_begun_elsewhere_starts_over(tmp_path, small):
+    cells = {"one": plan.Cell(SMALL, {"joint": "--methods joint"}, range(1))}
+    (unit,) = small(cells).values()
+    run = tmp_path / "runs/small/one-joint-seed0"
+    facts = json.loads((run / "settings.json").read_text())["facts"]
+    assert unit["checksums"].keys() == {"the weights of the model", "the data of sst2", "the data of mrpc"}
+    assert unit["checksums"].items() <= facts.items()
+
+    def again(changed):
+        (tmp_path / "results/small/units/one-joint-seed0.json").unlink()
+        (run / "begun.json").write_text((run / "begun.json").read_text().replace(*changed))
+        before = next(run.rglob("log.jsonl")).stat().st_mtime_ns
+        small(cells)
+        return next(run.rglob("log.jsonl")).stat().st_mtime_ns == before
+
+    assert again(("", "")) and not again((torch.__version__, "1.13"))
+
+
+def test_a_world_of_another_maker_or_half_made_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def make(command, **_):
+        made.append(command)
+        Path(command[command.index("support.toy") + 1]).mkdir()
+        return mock.Mock(returncode=0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", make)
+    unit = reproduce.Unit("x", "one", plan.Cell("", {"a": ""}, range(1), "toy 0.5"), "a", 3)
+    args = argparse.Namespace(out=tmp_path, model="m", glue="g")
+    for times, change in ((1, None), (1, None), (2, lambda file: file.unlink()), (3, lambda file: file.write_text(""))):
+        if change:
+            change(tmp_path / "toy-0.5-3" / "made")
+        assert reproduce.data_of(unit, args) == (f"{tmp_path}/toy-0.5-3/model", f"{tmp_path}/toy-0.5-3/glue")
+        assert len(made) == times
+
+
 def test_units_come_seed_by_seed():
     cell = plan.Cell(SMALL, {"a": "", "b": ""}, range(2))
     cells = {"x": cell, "y": plan.Cell(SMALL, {"c": ""}, range(7, 8))}
@@ -644,6 +680,9 @@ def test_products_in_float32_are_rounded_once_and_others_are_as_they_were(dtype)
 
     plain, replaced = products(), bf16.replace()
     ours = products()
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    with pytest.raises(RuntimeError, match="dtype"):  # torch still refuses
+        a[0] @ b[0].to(other)
     del replaced
     exact = [a[0].double() @ b[0].double(), a.double() @ b.double(), c.double() + 2 * (a[0].double() @ b[0].double())]
     for said, true in zip(ours, exact, strict=False):
