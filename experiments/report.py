@@ -99,14 +99,19 @@ A_AND_B = {"mrpc": "A", "qqp": "B"}  # what flipped.py makes is not GLUE, and it
 
 
 def units_of(folder):
-    """{cell: {row: {seed: unit}}} of what has finished, in the plan's order."""
-    there = {}
+    """{cell: {row: {seed: unit}}} of what has finished, in the plan's order. Raises SystemExit: a cell's units read
+    different weights or data (where they say what: older ones do not)."""
+    there, read = {}, {}
     for path in sorted((folder / "units").glob("*.json")):
         text = path.read_text()
         unit = json.loads(text)
         if unit["data"].startswith("flipped"):
             unit = json.loads(text, object_pairs_hook=lambda pairs: {A_AND_B.get(key, key): x for key, x in pairs})
         there[unit["cell"], unit["row"], unit["seed"]] = unit
+        world = unit["seed"] if unit["data"].startswith("toy") else ""
+        for what, checksum in unit.get("checksums", {}).items():
+            if read.setdefault((unit["cell"], world, what), checksum) != checksum:
+                raise SystemExit(f"report.py: {path}: {what} is not that of other units of {unit['cell']!r}")
     cells = {}
     for name, cell in EXPERIMENTS[folder.name][1].items():
         for row in cell.rows:
@@ -154,6 +159,7 @@ def sign_flips(x):
 def holm(p_values):
     """Adjusted p: the k-th smallest of m times m - k + 1, none smaller than the one before it, at most 1."""
     adjusted, largest = dict.fromkeys(p_values), 0.0
+    p_values = {name: 1.0 if math.isnan(p) else p for name, p in p_values.items()}  # of differences that are all 0
     for k, name in enumerate(sorted(p_values, key=p_values.get)):
         largest = max(largest, min(1.0, (len(p_values) - k) * p_values[name]))
         adjusted[name] = largest
@@ -203,18 +209,20 @@ def difference_table(title, pairs, tasks, ninety=False):
     """[(name, row, base)] -> row - base, paired by seed, with 95 % intervals; and what the average could have shown.
 
     loss: of the validation split, in nats or shares of the labels' variance, averaged over the tasks; less is better.
-    ninety: the average with a 90 % interval, too, which plan.py's rule for shams is about.
+    ninety: the average with a 90 % interval, too, which plan.py's rule for shams is about. Of fewer than ENOUGH pairs
+    nothing is said; how many there are is, where that differs.
     """
-    more = ["average, 90 %"] * ninety
+    more, counts = ["average, 90 %"] * ninety, ["seeds"]
     table = [[title, *tasks, "average", *more, "could have seen", "loss"]]
     for name, row, base in pairs:
         x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
-        if len(x[-1]) > 1:
+        if len(x[-1]) >= ENOUGH:
+            counts.append(f"{len(x[-1])}")
             loss = differences(*(values(found, "", "loss") for found in (row, base)))
             loss = "" if np.isnan(loss).any() else signed(interval(loss), 3)
             more = [signed(interval(x[-1], 0.9), 1)] * ninety
             table.append([name, *(signed(interval(d), 1) for d in x), *more, f"{detectable(x[-1]):.1f}", loss])
-    return table
+    return [[*line, n] for line, n in zip(table, counts, strict=True)] if len(set(counts[1:])) > 1 else table
 
 
 def less(rows, base):
@@ -245,8 +253,9 @@ def weight_table(rows, tasks):
                 norms, of = [course(seen, "norms", t, "2g") for t in tasks], row
     said = ", ".join(f"{t} {x}" for t, x in zip(tasks, norms, strict=False))
     note = (
-        f"Lengths of the tasks' gradients, `{of}`, first → last fifth: {said}. Medians of seeds, of means over steps, "
-        "which for a weight a few steps with hardly a gradient can make. Changed: mean |v − g| / |g|."
+        f"Lengths of the tasks' gradients, `{of}`, first → last fifth: {said}. Lengths, weights and what is changed, "
+        "|v − g| / |g|, are medians of seeds, of means over steps, which for a weight a few steps with hardly a "
+        "gradient can make; conflicts and cosines are means."
     )
     return table, note if norms else ""
 
@@ -265,8 +274,8 @@ def recovered(rows, tasks, row):
 
 def shares(rows, tasks):
     """What each row brings back of the gap that rows' single and joint make, as a list, if they have seeds enough."""
-    pairs = len(differences(values(rows["single"]), values(rows["joint"])))
-    rest = [row for row in rows if row not in ("single", "joint") and min(pairs, len(rows[row])) >= ENOUGH]
+    both = set(rows["single"]) & set(rows["joint"])
+    rest = [row for row in rows if row not in ("single", "joint") and len(both & set(rows[row])) >= ENOUGH]
     return ["\n".join(f"- Share of the gap, `{row}`: {recovered(rows, tasks, row)}." for row in rest)] * bool(rest)
 
 
@@ -310,7 +319,7 @@ def lori_text(name, rows):
     tasks = list(entry(next(iter(methods["single"].values())))["tasks"])
     alone = {m: found for m, found in methods.items() if not m.endswith("-merged")}
     merged = {m: found for m, found in methods.items() if m.endswith("-merged")}
-    before = {m: methods[METHODS[m].source] for m in merged}
+    before = {m: by_method({m: rows[m]})[METHODS[m].source] for m in merged}  # of the run that m was merged in
     changes = {m: changed(merged[m], before[m]) for m in merged}
     trained = ", ".join(f"{m} {entry(next(iter(x.values())))['adapter_parameters']:,}" for m, x in alone.items())
     tables = [
@@ -321,7 +330,8 @@ def lori_text(name, rows):
         difference_table("by merging, less LoRA", less(changes, "lora-merged"), tasks),
     ]
     sizes = f"Trained scalars of all adapters: {trained}."
-    tables = [markdown(without("loss", table)) for table in tables]  # train.py keeps none
+    tables[0] = without("collapsed", tables[0])
+    tables = [markdown(without("loss", table)) for table in tables]  # train.py keeps neither
     return [f"### {name}", *tables, sizes, *cosines_of_deltas(merged)]
 
 
@@ -498,12 +508,13 @@ def origin(name, cells):
     found = [unit for rows in cells.values() for row in rows.values() for unit in row.values()]
     hardware = ", ".join(sorted({f"{unit['hardware']} ({unit['processor']})" for unit in found}))
     commits, dates = sorted({unit["commit"] for unit in found}), sorted({unit["date"] for unit in found})
+    versions = sorted({unit["torch"] for unit in found})
     total = sum(len(cell.rows) * len(cell.seeds) for cell in EXPERIMENTS[name][1].values())
     needs = "" if all(unit["data"].startswith("toy") for unit in found) else " --model MODEL --glue GLUE"
     return (
         f"`python experiments/reproduce.py {name}{needs}`: {len(found)} of {total} units, each with its command and "
         f"seed in `results/{name}/units/`; {sum(unit['seconds'] for unit in found) / 3600:.1f} hours of one thread, "
-        f"{hardware}, torch {found[0]['torch']}, commit {', '.join(commits)}, "
+        f"{hardware}, torch {', '.join(versions)}, commit {', '.join(commits)}, "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
 
@@ -811,7 +822,7 @@ def figure_differences(plt, cells, tasks):
             axis.plot([], [], MARKERS[k], color=COLORS[k], label=cell)  # for the legend
             for y, row in enumerate(reversed(names)):
                 x = differences(values(rows[row], task), values(rows["joint"], task)) if row in rows else []
-                if len(x) < 2:
+                if len(x) < ENOUGH:
                     continue
                 mean, low, high = interval(x)
                 at = y + 0.28 * (0.5 * (len(cells) - 1) - k)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import plan  # noqa: E402
 import report  # noqa: E402
+import reproduce  # noqa: E402
 
 GENERATOR = np.random.default_rng(0)
 
@@ -48,6 +50,7 @@ def test_holm_by_hand():
     """0.01 · 3 = 0.03; 0.02 · 2 = 0.04; 0.03 · 1 = 0.03, but no less than the one before it."""
     assert report.holm({"a": 0.03, "b": 0.01, "c": 0.02}) == pytest.approx({"b": 0.03, "c": 0.04, "a": 0.04})
     assert report.holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1}
+    assert report.holm({"a": float("nan"), "b": 0.01}) == {"a": 1, "b": 0.02}
 
 
 @pytest.mark.parametrize("n", [4, 8, 15])
@@ -79,12 +82,17 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
         "single": {0: unit(0, 90, 80), 1: unit(1, 92, 79), 2: unit(2, 91, 82, commonest=1)},
         "joint": {0: unit(0, 70, 81), 1: unit(1, 74, 81), 2: unit(2, 69, 84), 3: unit(3, 0, 0)},
         "ortho": {1: unit(1, 80, 80), 2: unit(2, 78, 85)},
+        "ortho, agree": {seed: unit(seed, 80, 80) for seed in range(4)},
     }
     assert report.differences(*(report.values(rows[r], "sst2") for r in ("single", "joint"))).tolist() == [20, 18, 22]
     assert report.values(rows["ortho"]) == {1: 80, 2: 81.5}
     assert report.values(rows["ortho"], "sst2", "accuracy") == {1: 80, 2: 78}
     table = report.difference_table("less joint", report.less(rows, "joint"), ["sst2", "mrpc"])
-    assert [row[0] for row in table] == ["less joint", "single", "ortho"]
+    assert [row[0] for row in table] == ["less joint", "single", "ortho, agree"]  # of ortho there are two seeds
+    assert [row[-1] for row in table] == ["seeds", "3", "4"]
+    rows["joint"].pop(3)
+    table = report.difference_table("less joint", report.less(rows, "joint"), ["sst2", "mrpc"])
+    assert "seeds" not in table[0]
     mean, low, high = report.interval([20, 18, 22])
     assert table[1][1] == f"+{mean:.1f} [+{low:.1f}, +{high:.1f}]"
     assert table[1][-1] == "+0.000 [+0.000, +0.000]"  # the losses are alike
@@ -114,7 +122,7 @@ def flat(text):
 
 
 def test_merging_is_measured_against_the_same_adapters_alone():
-    """sst2 loses 10 and 12 points by LoRA's merging, mrpc 4 and 4; LoRI's lose 1 and 1, and nothing."""
+    """sst2 loses 10, 12 and 11 points by LoRA's merging, mrpc 4; LoRI's lose 1, and nothing."""
 
     def of(seed, **scores):
         made = {m: unit(seed, *pair)["results"]["joint"] | {"adapter_parameters": 5000} for m, pair in scores.items()}
@@ -124,25 +132,28 @@ def test_merging_is_measured_against_the_same_adapters_alone():
         "lora-merged": {
             0: of(0, **{"single": (90, 80), "lora-merged": (80, 76)}),
             1: of(1, **{"single": (91, 80), "lora-merged": (79, 76)}),
+            2: of(2, **{"single": (92, 80), "lora-merged": (81, 76)}),
         },
         "lori-d-merged": {
             0: of(0, **{"lori-d": (88, 80), "lori-d-merged": (87, 80)}),
             1: of(1, **{"lori-d": (89, 80), "lori-d-merged": (88, 80)}),
+            2: of(2, **{"lori-d": (90, 80), "lori-d-merged": (89, 80)}),
         },
     }
     for made in rows.values():
         for entry in (x for found in made.values() for x in found["results"].values()):
             for scores in entry["tasks"].values():
                 del scores["loss"]  # as train.py's units are, which controls.py did not run
-    for method, cosines in (("lora-merged", (0.1, -0.3)), ("lori-d-merged", (0.01, -0.01))):
+    for method, cosines in (("lora-merged", (0.1, -0.3, 0.2)), ("lori-d-merged", (0.01, -0.01, 0.01))):
         for seed, cosine in enumerate(cosines):
             rows[method][seed]["results"][method]["cosines"] = [[1.0, cosine], [cosine, 1.0]]
     _, scores, alone, merged, lost, beside, trained, cosines = map(flat, report.lori_text("one", rows))
     assert "| lori-d | -2.0 [-2.0, -2.0] | +0.0 [+0.0, +0.0] | -1.0 [-1.0, -1.0] |" in alone
     assert "| lori-d-merged | +8.0 " in merged and "| lora-merged" not in merged
     assert "| lora-merged | -11.0 " in lost and "| lori-d-merged | -1.0 [-1.0, -1.0] | +0.0 " in lost
-    assert "| lori-d-merged | +10.0 [-2.7, +22.7] | +4.0 [+4.0, +4.0] | +7.0 " in beside and "| lora-" not in beside
+    assert "| lori-d-merged | +10.0 [+7.5, +12.5] | +4.0 [+4.0, +4.0] | +7.0 " in beside and "| lora-" not in beside
     assert all("loss" not in table for table in (scores, alone, merged, lost, beside))  # an empty column
+    assert "collapsed" not in scores  # not looked at
     assert trained == "Trained scalars of all adapters: single 5,000, lori-d 5,000."
     assert cosines.endswith("before merging: single 0.200, at most 0.300; lori-d 0.010, at most 0.010.")
 
@@ -303,6 +314,35 @@ def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch)
     )
     shown, _, folded = text.partition("<details><summary>W = 1</summary>")
     assert shown.startswith("### W = 10") and "</details>" in folded
+
+
+def test_units_of_a_cell_that_read_other_weights_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "EXPERIMENTS", {"x": ("", {"one": plan.Cell("", {"joint": ""}, range(3))})})
+    (tmp_path / "x" / "units").mkdir(parents=True)
+    for seed, weights in enumerate((None, 7, 7)):  # the first is of before units said so
+        found = unit(seed, 70, 80) | {"cell": "one", "row": "joint"}
+        found |= {"checksums": {"the weights of the model": weights}} if weights else {}
+        (tmp_path / "x" / "units" / f"{seed}.json").write_text(json.dumps(found))
+    assert len(report.units_of(tmp_path / "x")["one"]["joint"]) == 3
+    found["checksums"]["the weights of the model"] = 8
+    (tmp_path / "x" / "units" / "2.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="2.json: the weights of the model is not that of other units of 'one'"):
+        report.units_of(tmp_path / "x")
+    for path in (tmp_path / "x" / "units").glob("*"):  # each a world of its own
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": "toy 0.5"}))
+    assert report.units_of(tmp_path / "x")
+
+
+def test_every_unit_is_of_the_plan_as_it_stands():
+    for path in report.RESULTS.glob("*/units/*.json"):
+        said = json.loads(path.read_text())
+        cell = plan.EXPERIMENTS[said["experiment"]][1][said["cell"]]
+        unit = reproduce.Unit(said["experiment"], said["cell"], cell, said["row"], said["seed"])
+        assert path == unit.path(report.RESULTS) and said["seed"] in cell.seeds
+        command = shlex.join(["python", *reproduce.words(unit, "MODEL", "GLUE")])
+        if said["cell"] == "search, 1600 steps":  # some are of before it was stacked: the same, to rounding
+            command, said["command"] = (x.replace(" --per-task stacked", "") for x in (command, said["command"]))
+        assert said["command"] == command, path
 
 
 def test_a_construction_is_not_called_by_the_names_of_glue(tmp_path, monkeypatch):
