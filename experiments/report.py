@@ -633,8 +633,9 @@ def contrast_table():
         p = [f"{found_p:.2g}" for found_p in (sign_flips(x), adjusted[c])]
         table.append([*start, signed(interval(x)), *p, words, f"{detectable(x):.1f}"])
     note = (
-        "Intervals are each contrast's own. p: the exact one of signs alone; and the paired t test's after Holm's "
-        "correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, up to a third more."
+        "Intervals are each contrast's own. p: exact, over all ways to flip the signs; and the paired t test's after "
+        "Holm's correction over the four. Could have seen: at p < 0.05, in four of five trials; after it, up to a "
+        "third more."
     )
     if not complete:
         note += " A contrast that is not there yet counts as p = 1: what is shown stays shown, what is not may yet be."
