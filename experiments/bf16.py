@@ -3,7 +3,7 @@
     python experiments/bf16.py experiments/controls.py --dtype bf16 …      the flags are the script's
 
 Where the CPU has them, kernels for bf16 sum in float32, too, and round once, at the end. So this is the same arithmetic
-but for the order of the sums, which a machine chooses anyway; and tens of times as fast as what torch does there.
+but for the order of the sums, which a machine chooses anyway, and far faster than what torch does without them.
 reproduce.py runs its units so where torch has no such kernels, and they say so. In this process alone: not for --jobs.
 """
 
@@ -45,6 +45,9 @@ def replace():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
+        print("bf16.py: give a script, and its flags: bf16.py experiments/controls.py …", file=sys.stderr)
+        sys.exit(2)
     replaced = replace()
     script = Path(sys.argv[1]).resolve()
     sys.argv = sys.argv[1:]

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -692,6 +693,12 @@ def test_products_in_float32_are_rounded_once_and_others_are_as_they_were(dtype)
         assert said.dtype == before.dtype
         torch.testing.assert_close(said, before, rtol=1e-2 * (dtype == torch.bfloat16), atol=0)
     assert all(map(torch.equal, products(), plain))  # gone
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["nowhere.py"]])
+def test_without_a_script_bf16_says_what_it_wants(words):
+    done = subprocess.run([sys.executable, "experiments/bf16.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("bf16.py: give a script") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("slow", [True, False])
