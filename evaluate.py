@@ -3,7 +3,7 @@
     python evaluate.py OUT/ortho/seed0                     all adapters in a folder, or one adapter's folder
     python evaluate.py OUT/ortho/seed0 --submit FOLDER     predictions for the test splits as well
 
-An adapter says itself which task it is for, which base model and GLUE it was trained with; flags say otherwise.
+An adapter says itself which task it is for, which base model and GLUE it was trained with; flags override it.
 """
 
 import argparse

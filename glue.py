@@ -259,7 +259,7 @@ def load_task(name, source="nyu-mll/glue", split="train"):
 
     "validation" and "test" mean the first of MNLI's two. The labels of a test split are always hidden: MRPC's are
     public, and must never be selected on. Raises BadInput: no such folder, task, split or column, an empty split, a
-    missing text, a label that the task doesn't have; HubError, which is one: the Hub can't be reached, or refuses.
+    missing text, a label that the task doesn't have; HubError, a BadInput: the Hub can't be reached, or refuses.
     """
     task = get_task(name)
     named = {"validation": task.validation, "test": tuple(task.test)}
@@ -309,7 +309,7 @@ class TaskData:
         return float(self.train_labels.mean()) if self.regression else int(np.bincount(self.train_labels).argmax())
 
     def label_variance(self):
-        """What mean squared error is divided by, so that saying the mean label costs 1: near ln 2 and ln 3."""
+        """The divisor of the squared error: the mean label costs 1, near ln 2 and ln 3, a blind guess's."""
         return float(self.train_labels.var()) or 1.0
 
 

@@ -1,13 +1,13 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
 Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
-`transformers` model included (not where a weight is read past its layer's forward, as in torch's fused attention or of
+`transformers` model included (not where a weight is read past its layer's forward, as in torch's fused attention, or
 T5's `wo`):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
     {n: p for n, p in model.named_parameters() if p.requires_grad}         # to save: what is trained (no frozen A); or
-    tensors, config = peft_adapter(model)                                  # a folder for peft, see there; or
+    tensors, config = peft_adapter(model)                                  # what peft's files hold; or
     merge_lora(model).save_pretrained(folder)                              # plain nn.Linear again, W0 + scale * B A
 
 Never call `save_pretrained` with the layers still in: it loses the target layers' base weights.
@@ -83,7 +83,7 @@ FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BER
 
 
 def matching(module, linear, target):
-    """The paths in `linear` that `target` means, as peft has it: the whole path, its end from a dot on, all-linear."""
+    """The paths in `linear` that `target` names, as in peft: a whole path, its end after a dot, or all-linear."""
     if target != "all-linear":
         return [path for path in linear if path == target or path.endswith("." + target)]
     output = getattr(module, "get_output_embeddings", lambda: None)()
@@ -164,8 +164,8 @@ def per_task(model, sizes):
         grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
     Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
-    cost are those of the one factor. Returns {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
-    of a factor in none of its blocks, adding view.grad.sum(0) to .grad is left to the caller. What a layer gets has the
+    cost are those of the one factor. Yields {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
+    for a factor in none of its blocks the caller adds view.grad.sum(0) to .grad. What a layer gets has the
     stacked dimension, of sum(sizes), first. Raises ValueError under `lori.MaskedB`.
     """
     layers = lora_layers(model).values()

@@ -1,8 +1,8 @@
 """LoRI: h = W0 x + b + scale * (B ⊙ M) A x, with A a frozen random projection and M a sparse 0/1 mask on B.
 
 Zhang et al. 2025, arXiv 2504.07448. A, half of LoRA's parameters where a layer is square, is not trained at all, and of
-B only the tenth that matters. Adapters whose A are drawn independently are nearly orthogonal, so they merge with little
-interference; adapters on one A with sparse masks can be trained one after the other.
+B only its largest tenth. Adapters whose A are drawn independently are nearly orthogonal, its reason to add them;
+adapters on one A with sparse masks can be trained one after the other.
 
     freeze_A(model, seed=task_seed)                     LoRI-D: only B trains; the usual loop
     masks = magnitude_masks(model, sparsity=0.9)        its largest entries; then start over, same A, B = 0:
@@ -191,7 +191,7 @@ class MaskedB:
 
 def trained_scalars(model):
     """How many distinct numbers of the LoRA layers are trained, as they stand: all A and B for LoRA, all B after
-    `freeze_A`, the active entries of B under `MaskedB`. Sum of r (in + out), of r out, round((1 - sparsity) r out).
+    `freeze_A`, the active entries of B under `MaskedB`. Sum r (in + out), N = sum r out, round((1 - sparsity) N).
     """
     parameters = {id(p): p for layer in layers_of(model).values() for p in layer.parameters()}
     return sum(p.numel() for p in parameters.values() if p.requires_grad)

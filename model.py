@@ -33,7 +33,7 @@ DISTILBERT_LAYER = {
     "query": "attention.q_lin", "key": "attention.k_lin", "value": "attention.v_lin", "attended": "attention.out_lin",
     "norm1": "sa_layer_norm", "up": "ffn.lin1", "down": "ffn.lin2", "norm2": "output_layer_norm",
 }
-OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: as elsewhere
+OPTIONAL = {"classifier_dropout": None, "seq_classif_dropout": 0.2, "initializer_range": 0.02}  # None: hidden's
 LIMITS = {"num_hidden_layers": (1, 100), "pad_token_id": (0, 10**7), "type_vocab_size": (0, 10**7)}  # else 1 to 10**7
 FAMILIES = {  # model_type: prefix in task models, other keys than Config's, stack of layers, layer
     "bert": ("bert.", {}, "encoder.layer", BERT_LAYER),
@@ -132,7 +132,7 @@ def put(module, path, child):
 def attention(q, k, v, mask, dropout):
     """softmax(q k' / sqrt(d) + mask) v: each (batch, heads, length, d); mask 0 or -inf, (batch, 1, 1, length), or None.
 
-    The fused kernel, but written out where a CPU trains in half precision: there it takes several times as long.
+    The fused kernel; but written out where a CPU trains in half precision, since the fused one is slower there.
     """
     if q.is_cuda or q.dtype == torch.float32 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)

@@ -67,7 +67,7 @@ def sequential_coefficients(gram, order):
 
 def gram_matrix(grads):
     """<g_i, g_j> in each block, (k, T, n) -> (k, T, T), in float64: neither autocast nor TF32 touches it, and no square
-    of a float32 over- or underflows. Summed over pieces of n, so that grads is never copied whole."""
+    of a float32 over- or underflows, but on mps (float32). Summed by pieces of n: no whole copy."""
     k, T, n = grads.shape
     dtype = torch.float32 if grads.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     gram = torch.zeros(k, T, T, dtype=dtype, device=grads.device)
@@ -100,7 +100,7 @@ class Conflicts:
     weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
                               projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
     effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
-    rate      ()              the share of pairs i < j in conflict, of those that both have a gradient; 0 without any
+    rate      ()              the share in conflict of the pairs i < j where both have a gradient; 0 without any
 
     Read `finite` first, or call `check`: else weights and effective may be NaN. Blocks are in the caller's order.
     """
@@ -271,7 +271,7 @@ class OrthoLoRA:
         torch._foreach_add_(*zip(*pairs, strict=True), alpha=float(self.weights[task]))
 
     def project(self, order=None):
-        """Write sum_i v_i into .grad (zeros where no task had one; nothing where frozen), clear the rows: `Conflicts`.
+        """Write sum_i v_i into .grad (zeros where no task had one; none where frozen), clear rows; return Conflicts.
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
         rows add up, and are watched. What isn't finite makes .grad not finite, so GradScaler skips the step. With

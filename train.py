@@ -116,7 +116,7 @@ class Settings:
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the frozen encoder in training; auto: bf16 on a GPU", ["auto", "fp32", "bf16"])
-    per_task: str = setting("auto", "a pass per task, or one stacked: auto, on a GPU", ["auto", "loop", "stacked"])
+    per_task: str = setting("auto", "pass per task, or one stacked (auto: on a GPU)", ["auto", "loop", "stacked"])
     compile: bool = setting(False, "torch.compile the encoder: slow at first; what it gains is not measured")
     out: str = setting("", "out folder; default: runs/MODEL-DATE-TIME")
     resume: bool = setting(False, "keep what --out has finished, go on with what was interrupted, run what is missing")
@@ -347,7 +347,7 @@ def make_optimizer(method, trained, s):
 
 
 def train(unit, model, tasks, encoder, s, log, bar):
-    """Train a built model, from its first step or from where the unit was interrupted. Returns (Watch, s per step)."""
+    """Train a built model, from its start or where the unit was interrupted. Returns (Watch, seconds per step)."""
     device = next(model.parameters()).device
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer, ortho = make_optimizer(unit.method, trained, s), projection(unit.method, model, len(tasks), s)
@@ -440,7 +440,7 @@ def masks_of(unit, encoder, s):
 
 
 def run_merge(unit, encoder, tasks, s):
-    """An adapter that is the mean of the tasks' own, as they are on disk; each task keeps its head."""
+    """An adapter merged out of the tasks' own, as they are on disk; each task keeps its head."""
     parts = [load_tuned(encoder, unit.adapter(data.name, unit.source), data.name) for data in tasks]
     adapters, weights = [lori.adapter(part.encoder) for part in parts], [s.merge_weight or 1 / len(parts)] * len(parts)
     model = MultiTaskModel(copy.deepcopy(encoder), {})

@@ -4,8 +4,8 @@ An experiment is a few cells. A cell is a setting; its rows differ in their meth
 so on the same batches: they are compared pair by pair. One row with one seed is a unit.
 
 What is chosen, a rate or a weight, is chosen in the cells called "search", by seeds and toy worlds from 1000 on and by
-training rows that are held out, and is then written down here. Not so the rates of contradiction and glue: they are
-given, until their searches are whole; and premise's, and that of rank 2 in lori, for which there is none.
+training rows that are held out, and is then written down here. Not so the rates of scales, contradiction and glue,
+which were given before their searches; nor premise's, and rank 2's in lori, for which there is no search.
 
 Where conflict as such is asked about, two contrasts make the answer: ortho - joint, is there a gain, and ortho - sham,
 does it take the angles. A gain with a sham as good as ortho (the 90 % interval of ortho - sham within a point of 0) is
@@ -75,13 +75,13 @@ def static(*weights, others="1,1,1"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# toy (E1): a gap that is made, and whether training closes it. At first sst2's gradients are a tenth as long.
+# toy: a gap that is made, and whether training closes it. At first sst2's gradients are a tenth as long.
 
 TOY = "--tasks sst2,mrpc,mnli,stsb --max-length 64"
 TOY_RATES = {400: (2e-3, 4e-3, 8e-3, 1.6e-2), 1600: (2e-3, 4e-3, 8e-3)}
-# Of the search: single is best at 4e-3, and at 8e-3 collapses on sst2 in two worlds of three; joint and ortho are best
+# Of the search: single is best at 4e-3, at 8e-3 at chance on sst2 in two of three (1600 steps); joint, ortho are best
 # at 8e-3. So the gap is measured at 4e-3, where nothing collapses, and what closes it at 8e-3, too, without single.
-TOY_WEIGHT = {400: 5, 1600: 5}  # the best of static weights for sst2
+TOY_WEIGHT = {400: 5, 1600: 5}  # of sst2's loss: best on average
 TOY_SHARED = SHARED | SHAMS | BALANCED | BALANCED_SHAM
 
 
@@ -124,7 +124,7 @@ TOY_CELLS |= {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# premise (E3): is there conflict beyond noise?
+# premise: is there conflict beyond noise?
 
 PREMISE = "--tasks cola,mrpc,sst2,stsb,mnli --steps 400 --batch-size 8 --max-length 64 --dtype bf16 --lr 2e-3"
 PREMISE_CELLS = {
@@ -137,7 +137,7 @@ PREMISE_CELLS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# scales (E2): real data where one task's loss is W times the others'.
+# scales: real data where one task's loss is W times the others'.
 
 SCALES = "--tasks rte,mrpc,sst2,stsb --batch-size 8 --max-length 64 --dtype bf16"
 SCALES_RATES, SCALES_RATE = (1e-3, 2e-3, 4e-3), 2e-3  # given; by the search, whole after the runs, ortho's best
@@ -149,7 +149,7 @@ def weighted(rows, weight):
 
 
 SCALES_CELLS = {
-    # each grid is longer by one rate at the end where single's best, and joint's, was its last
+    # each grid has one rate more at the end at which the best was: single's, or joint's
     "search, W = 1": Cell(
         f"{SCALES} --steps 400 --holdout 300", at((5e-4, *SCALES_RATES), single=METHODS["single"]), SEARCH
     ),
@@ -175,7 +175,7 @@ SCALES_CELLS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# contradiction (E5): two tasks on the same texts that want opposite things of a part of them, and losses of one scale
+# contradiction: two tasks on the same texts that want opposite things of a part of them, and losses of one scale
 
 CONTRADICTION = "--tasks mrpc,qqp --steps 1000 --batch-size 8 --max-length 64 --dtype bf16"
 CONTRADICTION_AT_RATE = f"{CONTRADICTION} --lr 0.002"
@@ -190,7 +190,7 @@ CONTRADICTION_CELLS = {
         | SHUFFLED
         | {"ortho, agree": SHAMS["ortho, agree"]}
         | JOINT_BALANCED
-        | {"single, 2000 steps": f"{METHODS['single']} --steps 2000"},  # of each text as many as joint reads
+        | {"single, 2000 steps": f"{METHODS['single']} --steps 2000"},  # reads each text as often as joint
         range(8),
         "flipped 1",
     ),
@@ -200,7 +200,7 @@ CONTRADICTION_CELLS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lori (E6): a twentieth of the parameters, merging, forgetting; all linear layers at rank 32, each at a rate of its own
+# lori: a twentieth of the parameters, merging, forgetting; all linear layers at rank 32, each at a rate of its own
 
 LORI = (
     "--tasks sst2,mrpc,stsb,qnli --batch-size 8 --max-length 64 --dtype bf16 --targets all-linear --rank 32 --alpha 64"
@@ -276,7 +276,7 @@ LORI_CELLS[f"one after the other: {ORDERS[1].replace(',', ', ')}"].rows.update(
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# glue (E4): is there an average gap on GLUE when the training is long enough?
+# glue: is there an average gap on GLUE when the training is long enough?
 
 GLUE = "--tasks cola,mrpc,sst2,stsb --steps 1500 --batch-size 8 --max-length 64 --dtype bf16"
 GLUE_RATE = 1e-3

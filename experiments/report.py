@@ -718,7 +718,7 @@ def cost():
         ["a step of `ortho` against the faster joint step", "; ".join(steps), where],
         [
             "peak memory of `ortho` beyond joint",
-            f"loop {loop / TP:.2f} × 4·T·P bytes, stacked × {stacked:.3f}",
+            f"loop {loop / TP:.2f} × 4·T·P bytes; stacked {stacked:.3f} × a mixed batch",
             link["memory"],
         ],
     ]

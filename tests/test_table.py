@@ -227,7 +227,7 @@ def test_seeds_that_only_some_methods_have(by_hand):
     assert results["seeds"] == [0, 9, 10] and list(results["methods"]["joint"]) == ["0", "9"]
     text = (by_hand / "results.md").read_text()
     assert "of 3 seeds" in text and "| joint (2 of them) |" in text and "| single            |" in text
-    assert results["summary"]["ortho"]["gap_recovered"] == "+5.5 of +10.0 points (two seeds)"  # 6 and 5
+    assert results["summary"]["ortho"]["gap_recovered"] == "+5.5 of +10.0"  # 6 and 5
     shutil.rmtree(by_hand / "joint")
     table.write(by_hand)
     assert "gap_recovered" not in results_of(by_hand)["summary"]["ortho"]
@@ -236,11 +236,30 @@ def test_seeds_that_only_some_methods_have(by_hand):
 def test_gap_recovered_by_hand():
     single, joint = [80.0, 82.0, 81.0], [70.0, 72.0, 71.0]  # the gap is 10 with every seed
     assert table.gap_recovered(single, joint, [75.0, 78.0, 76.0]) == "53 ± 6 %"  # gains 5, 6, 5: 5.33 ± 0.58
-    assert table.gap_recovered(single[:1], joint[:1], [75.0]) == "+5.0 of +10.0 points (one seed)"
-    assert table.gap_recovered(single[:2], joint[:2], [75.0, 77.0]) == "+5.0 of +10.0 points (two seeds)"
-    # Gaps 3, 0, 1.5: mean 1.5, standard error 1.5 / sqrt 3 = 0.87, twice which is more than 1.5.
-    assert table.gap_recovered([73.0, 72.0, 72.5], joint, joint) == "+0.0 of +1.5 points (no gap to recover)"
-    assert table.gap_recovered(joint, single, joint) == "-10.0 of -10.0 points (no gap to recover)"
+    assert table.gap_recovered(single[:1], joint[:1], [75.0]) == "+5.0 of +10.0"
+    assert table.gap_recovered(single[:2], joint[:2], [75.0, 77.0]) == "+5.0 of +10.0"
+    # Gaps 3, 1, 2: mean 2, standard error 1 / sqrt 3 = 0.58: 3.5 of them, and t on two degrees of freedom is 4.3.
+    assert table.gap_recovered([73.0, 73.0, 73.0], joint, joint) == "+0.0 of +2.0"
+    assert table.gap_recovered([74.0, 74.0, 74.0], joint, joint) == "0 ± 0 %"  # 4, 2, 3: 5.2 of them
+    assert table.gap_recovered(joint, single, joint) == "-10.0 of -10.0"
+
+
+def test_t_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    assert list(table.T975) == [round(float(stats.t.ppf(0.975, n - 1)), 3) for n in range(3, 11)]
+
+
+def test_a_gap_is_clear_where_scipy_says_so():
+    """For 3 to 10 seeds: where the lower end of the paired 95 % interval is above 0."""
+    stats = pytest.importorskip("scipy.stats")
+    draw = np.random.default_rng(0)
+    told = {True: 0, False: 0}
+    for n in (3, 4, 7, 10) * 50:
+        gap = draw.normal(2, 2, n)
+        clear = stats.ttest_1samp(gap, 0).confidence_interval(0.95).low > 0
+        told[bool(clear)] += 1
+        assert ("%" in table.gap_recovered(gap, np.zeros(n), np.ones(n))) == clear
+    assert min(told.values()) > 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
