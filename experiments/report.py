@@ -657,7 +657,7 @@ def trust(r):
     for part in (part for part in r["tried"] if "kills.py" in part["command"]):
         mode = re.search(r"--mode (\w+)", part["command"])
         runs, phases = part["output"].strip().splitlines()[-2:]
-        how = f", {mode[1]}" if mode else ""
+        how = f" ({mode[1]})" if mode else ""
         lines.append(f"- Killed by SIGKILL at random moments and resumed{how}: {runs}; {phases}.")
     rows, total = [["damaged file", "tried", "loaded", "refused in one line", "anything else"]], {}
     for part in (part for part in r["tried"] if "fuzz.py" in part["command"]):
