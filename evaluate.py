@@ -3,7 +3,7 @@
     python evaluate.py OUT/ortho/seed0                     all adapters in a folder, or one adapter's folder
     python evaluate.py OUT/ortho/seed0 --submit FOLDER     predictions for the test splits as well
 
-An adapter says itself which task it is for, which base model and GLUE it was trained with; flags override it.
+An adapter itself says which task it is for, and with which base model and GLUE it was trained; flags override that.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def adapters_in(folder):
     if (folder / "adapter_config.json").exists():
         return [folder]
     if not found:
-        raise BadInput(f"{folder}: no adapter_config.json there, nor in a folder inside it")
+        raise BadInput(f"{folder}: no adapter_config.json there, nor in a folder inside it; give OUT/METHOD/seedN")
     return found
 
 
@@ -123,7 +123,7 @@ def described(folder, args, alone):
     if not found["model"] or not isinstance(found["model"], str):
         raise BadInput(f"{folder} does not say its base model; give it with --model")
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
-        raise BadInput(f"--max-length {shown(found['max_length'])} is no number of tokens")
+        raise BadInput(f"{folder}: max length {shown(found['max_length'])} is no number of tokens; give --max-length")
     held = re.fullmatch("[1-9][0-9]{0,8}", metadata.get("holdout", ""))
     made = {"holdout": held and held[0], "weights": metadata.get("weights")}
     return found | {"max_length": int(found["max_length"])} | made
@@ -162,7 +162,8 @@ def evaluate(folder, about, device, submit):
     if about["weights"] not in (None, checksum):
         print(f"NOTICE: {folder.name} was trained on other weights than {about['model']} has now.", file=sys.stderr)
     if not 8 <= length <= encoder.config.max_length:
-        raise BadInput(f"--max-length {length}: {about['model']} takes 8 to {encoder.config.max_length} tokens")
+        limits = f"{about['model']} takes 8 to {encoder.config.max_length} tokens"
+        raise BadInput(f"{folder}: max length {length}, but {limits}; give another --max-length")
     model = load_tuned(encoder, folder, task).to(device)
 
     def predictions(examples):
@@ -192,12 +193,12 @@ def main(argv=None):
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("adapter", type=Path, help="an adapter's folder, or a folder of them")
-    parser.add_argument("--tasks", help="the task of a single adapter that does not say it")
-    parser.add_argument("--model", help="the base model: a checkpoint folder or Hub id")
-    parser.add_argument("--revision", help="the base model's revision on the Hub")
-    parser.add_argument("--glue", help="GLUE folder in the Hub's layout, or Hub id")
-    parser.add_argument("--max-length", type=int, help="tokens")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--tasks", help="the task of a single adapter [what it says]")
+    parser.add_argument("--model", help="the base model: a checkpoint folder or Hub id [what the adapter says]")
+    parser.add_argument("--revision", help="the base model's revision on the Hub [what the adapter says, or main]")
+    parser.add_argument("--glue", help="GLUE folder or Hub id [what the adapter says, or nyu-mll/glue]")
+    parser.add_argument("--max-length", type=int, help="tokens to cut texts to [what the adapter says, or 128]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     parser.add_argument(
         "--submit", type=os.path.expanduser, help="write the leaderboard's files for the test splits into this folder"
     )
@@ -206,7 +207,8 @@ def main(argv=None):
         device, found = find_device(args.device), adapters_in(args.adapter)
         about = [described(folder, args, len(found) == 1) for folder in found]
         if args.tasks and len(found) > 1:
-            raise BadInput(f"--tasks {args.tasks}: {args.adapter} has {len(found)} adapters, which say their own")
+            said = f"{args.adapter} has {len(found)} adapters, which say their own"
+            raise BadInput(f"--tasks {args.tasks}: {said}; leave it out, or give one adapter's folder")
         check(about, args.submit)
         done = [evaluate(folder, said, device, args.submit) for folder, said in zip(found, about, strict=True)]
     except (BadInput, OSError, FloatingPointError) as e:  # the user's; or a full disk, a folder taken away

@@ -111,11 +111,11 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
     known = next((family for family in FAMILIES if set(family) <= set(names)), None)
     targets = known if targets is None else [targets] if isinstance(targets, str) else targets
     if not targets:
-        raise ValueError(f"no targets given, and none known by default; there are {', '.join(names) or 'none'}")
+        raise ValueError(f"no targets given, and none known by default; linear layers: {', '.join(names) or 'none'}")
     matched = set()
     for target in targets:
         if not (paths := matching(module, linear, target)):
-            raise ValueError(f"target {target!r} matches no linear layer; there are {', '.join(names) or 'none'}")
+            raise ValueError(f"target {target!r} matches no linear layer; their names: {', '.join(names) or 'none'}")
         matched.update(paths)
     there = {number[path] for path in matched} - {None}
     if layers is not None and not (layers and set(layers) <= there):
@@ -145,7 +145,7 @@ def blocks(model, unit="tensor", factors="AB"):
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
     """
     if unit not in ("tensor", "factor", "all") or factors not in ("A", "B", "AB"):
-        raise ValueError(f"unit {unit!r}, factors {factors!r}: tensor, factor or all, of A, B or AB")
+        raise ValueError(f"blocks: unit={unit!r} must be tensor, factor or all, and factors={factors!r} A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]
     if unit == "tensor":
         found = [[p] for layer in zip(*found, strict=True) for p in layer]  # [[A1], [B1], [A2], ...]
@@ -170,7 +170,7 @@ def per_task(model, sizes):
     """
     layers = lora_layers(model).values()
     if not all(factor.is_leaf for factor in lora_parameters(model)):
-        raise ValueError("per_task: a factor is computed, as under MaskedB, so that its view would train nothing")
+        raise ValueError("per_task: a factor is computed, as under MaskedB: its view trains nothing; use collect()")
     views = {p: p.detach().expand(len(sizes), *p.shape).requires_grad_(p.requires_grad) for p in lora_parameters(model)}
     for layer in layers:
         layer.tasks = views[layer.A], views[layer.B], list(sizes)
@@ -207,7 +207,7 @@ def peft_adapter(model, prefix=""):
     found = {p: prefix + p.replace("._orig_mod", "").replace("_orig_mod.", "") for p, _ in model.named_modules()}
     layers = {found[path]: layer for path, layer in lora_layers(model).items()}
     if len({layer.rslora for layer in layers.values()}) != 1:
-        raise ValueError("peft_adapter: no LoRA layers, or some with rslora and some without")
+        raise ValueError(f"peft_adapter: {'only some LoRA layers use rslora' if layers else 'no LoRA layers'}")
     if prefix and not prefix.endswith("."):
         raise ValueError(f"peft_adapter: prefix {prefix!r} must end in a dot")
     tensors = {}

@@ -116,7 +116,7 @@ def check_masks(model, masks):
     for path, shape in shapes.items():
         if tuple(masks[path].shape) != shape or masks[path].dtype != torch.bool:
             found = f"{tuple(masks[path].shape)} of {masks[path].dtype}"
-            raise ValueError(f"masks of another model: that of {path} is {found}, B is {shape}")
+            raise ValueError(f"masks of another model: that of {path} is {found}, not {shape} of torch.bool")
 
 
 def overlap(masks_a, masks_b):
@@ -271,7 +271,7 @@ def merge(adapters, weights=None, how="cat"):
     if len(weights) != len(adapters):
         raise ValueError(f"merge: {len(adapters)} adapters, but {len(weights)} weights")
     if how not in ("cat", "linear"):
-        raise ValueError(f"unknown merge {how!r}: cat or linear")
+        raise ValueError(f"merge: how must be cat or linear, not {how!r}")
     merged = {}
     for path in adapters[0]:
         A, B, scales = zip(*(other[path] for other in adapters), strict=True)

@@ -104,7 +104,7 @@ def read_config(raw, where="config.json"):
         low, high = (0, 1) if kind is float else LIMITS.get(name, (1, 10**7))
         is_kind = type(value) in (int, float) if kind is float else type(value) is kind  # a bool is no int here
         if not is_kind or (kind is not str and not low <= value <= high):
-            raise BadInput(f"{where}: {key} is {shown(value)}")
+            raise BadInput(f"{where}: {key} is {shown(value)}, no {kind.__name__}{f' from {low} to {high}' * is_kind}")
         values[name] = value
     c = Config(**values)
     if c.hidden_act not in ACTIVATIONS:
@@ -315,6 +315,6 @@ def load_encoder(path_or_id, revision="main"):
         if tuple(tensor.shape) != shape:
             raise BadInput(f"{folder}: tensor {name!r} is {tuple(tensor.shape)}, config.json asks for {shape}")
         if not tensor.is_floating_point():
-            raise BadInput(f"{folder}: tensor {name!r} is of type {tensor.dtype}")
+            raise BadInput(f"{folder}: tensor {name!r} is of type {tensor.dtype}, not floating-point")
     encoder.load_state_dict({name: tensors[name].float().contiguous() for name in expected}, assign=True)
     return encoder.eval()

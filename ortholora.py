@@ -190,7 +190,7 @@ class OrthoLoRA:
         if len({p.device for p in parameters}) > 1:
             raise ValueError("OrthoLoRA: the parameters in blocks are on several devices")
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
-            raise ValueError(f"OrthoLoRA: num_tasks={num_tasks}, weights={weights}")
+            raise ValueError(f"OrthoLoRA: num_tasks={num_tasks} is below 1, or weights={weights} are not as many")
         self.num_tasks, self.sequential = num_tasks, sequential
         self.weights = [1.0] * num_tasks if weights is None else [float(w) for w in weights]
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -256,8 +256,8 @@ class OrthoLoRA:
                 )
             if getattr(p.grad, "projected", False):
                 raise RuntimeError(
-                    "OrthoLoRA: .grad still holds the last projected gradient; call optimizer.zero_grad(), to None and "
-                    "of every block, before backward(); when accumulating, project once, after the last micro-batch"
+                    "OrthoLoRA: .grad still holds the last projected gradient; before backward() set it to None in "
+                    "every block, by optimizer.zero_grad(); when accumulating, project once, after the last micro-batch"
                 )
 
     @torch.no_grad()

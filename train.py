@@ -81,16 +81,16 @@ class Settings:
     glue: str = setting("nyu-mll/glue", "GLUE folder in the Hub's layout, or Hub id")
     tasks: str = setting("rte,mrpc,stsb,cola", f"out of {', '.join(TRAINED)}")
     methods: str = setting("head,single,joint,pcgrad,ortho", "; ".join(f"{k}: {m.about}" for k, m in METHODS.items()))
-    seeds: str = setting("0", "one run each: A, heads, batches, dropout, order of projection")
+    seeds: str = setting("0", "one run each; a seed sets A, heads, batches, dropout and order of projection")
     # adapter
     rank: int = setting(8, "r of every LoRA layer", low=1, high=100_000)
     alpha: float = setting(16.0, "scale = alpha / rank", high=1e6)
     rslora: bool = setting(False, "scale = alpha / sqrt(rank) instead")
     targets: str = setting("", "linear layers to adapt, by name, or all-linear; default: query and value")
     dropout: float = setting(0.0, "on the input of A, in training", high=0.99)
-    encoder_dropout: bool = setting(False, "keep the frozen encoder's own dropout in training; without, it only reads")
+    encoder_dropout: bool = setting(False, "keep the frozen encoder's own dropout in training; without, it has none")
     # projection
-    unit: str = setting("tensor", "what ortho projects as one vector", ["tensor", "factor", "all"])
+    unit: str = setting("tensor", "one vector: each A or B; all A, all B; all, as pcgrad", ["tensor", "factor", "all"])
     factors: str = setting("AB", "project these; the other factor's gradients add up", ["A", "B", "AB"])
     sequential: bool = setting(False, "project off the others' gradients as projected so far, not the originals: slow")
     combine: str = setting("sum", "what becomes of the projected gradients", ["sum", "mean"])
@@ -99,30 +99,30 @@ class Settings:
     # LoRI
     sparsity: float = setting(0.9, "lori-s leaves this share of B at zero", high=0.999999)
     sparse_lr: float = setting(0.0, "lori-s's learning rate for B, its heads keep --lr; 0: ten times --lr", high=1e3)
-    own_a: bool = setting(False, "single: an A of each task's own, as merging wants and LoRI has, not joint's")
-    merge: str = setting("cat", "how adapters are merged", ["cat", "linear"])
+    own_a: bool = setting(False, "single: draw each task an A of its own, as LoRI does, for merging; else joint's A")
+    merge: str = setting("cat", "how adapters are merged: cat adds products BA, linear factors", ["cat", "linear"])
     merge_weight: float = setting(0.0, "weight of each adapter in a merge; 0: 1 / number of tasks", high=1e3)
     # training
     steps: int = setting(600, "optimizer steps; each draws one batch from every task", low=1, high=10_000_000)
     batch_size: int = setting(16, "examples per task and step", low=1, high=10_000_000)
-    window: int = setting(32, "batches sorted by length together, to pad little; 1: plain", low=1, high=10_000_000)
+    window: int = setting(32, "batches sorted together by length, to pad little; 1: none", low=1, high=10_000_000)
     lr: float = setting(5e-4, "peak learning rate, for adapter and heads", high=1e3)
-    warmup: float = setting(0.06, "share of the steps in which it rises; then it falls to 0, both linearly", high=1)
+    warmup: float = setting(0.06, "share of steps in which the rate rises; then it falls to 0, both linearly", high=1)
     optimizer: str = setting("adamw", "SGD has momentum 0.9", ["adamw", "sgd"])
     weight_decay: float = setting(0.01, "AdamW's, decoupled", high=1e3)
     clip: float = setting(1.0, "largest norm of the whole gradient, after the projection; 0: no clipping")
     max_length: int = setting(128, "tokens; longer pairs lose tokens from the longer sentence first", low=8)
-    holdout: int = setting(0, "score on so many training rows of each task, held out: to choose settings by")
+    holdout: int = setting(0, "score on so many held-out training rows per task, to choose settings; 0: validation")
     # how
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "of the frozen encoder in training; auto: bf16 on a GPU", ["auto", "fp32", "bf16"])
-    per_task: str = setting("auto", "pass per task, or one stacked (auto: on a GPU)", ["auto", "loop", "stacked"])
+    per_task: str = setting("auto", "a pass per task, or one for all; auto: one, on a GPU", ["auto", "loop", "stacked"])
     compile: bool = setting(False, "torch.compile the encoder: slow at first; what it gains is not measured")
     out: str = setting("", "out folder; default: runs/MODEL-DATE-TIME")
     resume: bool = setting(False, "keep what --out has finished, go on with what was interrupted, run what is missing")
     save_every: float = setting(60.0, "seconds between saves of what --resume needs")
     eval_every: int = setting(0, "score every so many steps, into log.jsonl; 0: only at the end")
-    jobs: int = setting(1, "trainings at a time, in processes of one thread each", low=1, high=1000)
+    jobs: int = setting(1, "trainings at a time; from 2 on, in processes of one thread each", low=1, high=1000)
     demo: bool = setting(False, "run the demo: settings as given, else those of DEMO in support/toy.py")
 
 
@@ -160,13 +160,13 @@ def listed(text, flag, kind=str, known=None):
     try:
         values = [kind(part.strip()) for part in text.split(",")]
     except ValueError:
-        raise BadInput(f"--{flag} {text!r} is not a list of numbers such as 0,1,2") from None
+        raise BadInput(f"--{flag} {text!r} is not a list of {'whole ' * (kind is int)}numbers such as 1,2") from None
     if stray := [x for x in values if known is not None and x not in known]:
         raise BadInput(f"--{flag}: unknown {stray[0]!r}; there are {', '.join(known)}")
     if kind is not float and len(set(values)) < len(values):
         raise BadInput(f"--{flag} {text!r}: give each one once")
     if kind is not str and not all(0 <= x < 2**63 for x in values):  # NaN is not
-        raise BadInput(f"--{flag} {text!r}: none below 0, none of 2^63 or more")
+        raise BadInput(f"--{flag} {text!r}: each must be at least 0 and below 2^63")
     return values
 
 
@@ -182,9 +182,9 @@ def check(s):
     tasks, methods = listed(s.tasks, "tasks", known=TRAINED), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
-        raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need as many weights")
+        raise BadInput(f"--task-weights {s.task_weights}: {len(tasks)} tasks need {len(tasks)} weights")
     if len(tasks) == 1 and any(METHODS[m].source and not METHODS[m].own for m in methods):
-        raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: there is nothing to merge; name at least two")
+        raise BadInput(f"--methods {s.methods} with one task, {s.tasks}: nothing to merge; name at least two tasks")
     for method in methods if not s.resume else ():  # with it, the out folder may have what this is made of
         if METHODS[method].source not in ("", *methods):
             raise BadInput(f"--methods: {method} is made from {METHODS[method].source}, so name that too")
@@ -192,11 +192,11 @@ def check(s):
         raise BadInput(f"--factors {s.factors}: lori-ortho trains B alone, so it would project nothing")
     shared = [m for m in METHODS if METHODS[m].project or m == "joint"]
     if s.balance and not set(shared) & set(methods):
-        raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; give {', '.join(shared)}")
+        raise BadInput(f"--balance: no shared adapter among --methods {s.methods}; add one of {', '.join(shared)}")
     if s.balance and s.task_weights:
-        raise BadInput("--balance gives every task the same weight: leave out --task-weights")
+        raise BadInput("--balance undoes --task-weights in the adapter: leave out --task-weights, or --balance")
     if (s.balance or "balanced" in methods) and s.factors != "AB":
-        raise BadInput(f"--factors {s.factors}: --balance, and balanced among --methods, scale A and B; leave one out")
+        raise BadInput(f"--factors {s.factors}: --balance and method balanced scale A and B; give AB or leave them out")
     if s.resume and not s.out:
         raise BadInput("--resume needs --out FOLDER: the folder of the run to go on with")
     if s.batch_size % WORLD:

@@ -8,9 +8,9 @@
     python experiments/bench.py padding --model … --glue …           batches of alike lengths against plain shuffling
     python experiments/bench.py waits --model FOLDER_OR_ID           on a GPU: how often ten steps wait for it
 
-Every table is one run. Times are medians of rounds in which the modes take turns (of --rounds a fifth at 7b and from 32
-tasks on; padding's are sums). Times of two runs, or of two machines, are not comparable. Peers (torchjd; transformers
-with peft) are timed where installed, and left out elsewhere.
+Every table is one run. Times are medians of --rounds rounds (a fifth of them at 7b and from 32 tasks on) in which the
+modes take turns; padding's are sums. Times of two runs, or of two machines, are not comparable. Peers (torchjd;
+transformers with peft) are timed where installed, and left out elsewhere.
 What is printed is also written to experiments/results/bench-WHAT-….json and .md; --out FOLDER puts it elsewhere.
 """
 
@@ -444,7 +444,7 @@ def bench_waits(args, device):
             train.train(unit, step.model, step.tasks, encoder, s, io.StringIO(), watched)
         seen = [event.name for event in watched.profile.events()]
         if device.type == "cuda" and not any(name.startswith("cudaLaunchKernel") for name in seen):
-            raise BadInput("waits: the profiler saw no call of CUDA's, as where it lacks the permission")
+            raise BadInput("waits: the profiler saw no CUDA call, so nothing was counted; it may lack the permission")
         found = {name: seen.count(name) for name in WAITS}
         found["cudaDeviceSynchronize"] -= seen.count("cudaDeviceSynchronize") > 0  # the profiler's own, as it stops
         results.append({"method": method, "how": how, "waits": found})
@@ -548,19 +548,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["project", "step", "memory", "padding", "waits"])
     parser.add_argument("--num-tasks", default="4,8,64", help="project: numbers of tasks [%(default)s]")
-    parser.add_argument("--shapes", default="base", choices=["base", "7b"], help="project: whose [%(default)s]")
+    whose = "project: RoBERTa-base's LoRA shapes, or those of a 7-B Llama [%(default)s]"
+    parser.add_argument("--shapes", default="base", choices=["base", "7b"], help=whose)
     parser.add_argument("--step", action="store_true", help="project: as a share of a RoBERTa-base step, too")
-    parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: time torchjd up to so many tasks")
+    parser.add_argument("--torchjd-up-to", type=int, default=64, help="project: most tasks for torchjd [%(default)s]")
     parser.add_argument("--model", default="roberta-base", help="checkpoint folder or Hub id [%(default)s]")
     parser.add_argument("--glue", default="nyu-mll/glue", help="padding: GLUE folder or Hub id [%(default)s]")
     parser.add_argument("--tasks-named", default="rte,mrpc,cola,stsb", help="padding: the tasks [%(default)s]")
-    parser.add_argument("--tasks", type=int, default=4, help="step, memory: how many [%(default)s]")
+    parser.add_argument("--tasks", type=int, default=4, help="step, memory, waits: how many [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences per task [%(default)s]")
     parser.add_argument("--length", type=int, default=64, help="tokens per sequence, at most [%(default)s]")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the encoder [%(default)s]")
     parser.add_argument("--no-peers", action="store_true", help="step: leave transformers and peft out")
     parser.add_argument("--compile", action="store_true", help="torch.compile, in every mode")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [%(default)s]")
     parser.add_argument(
         "--clock",
         default="wall",

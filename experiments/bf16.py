@@ -1,4 +1,4 @@
-"""A script, with products of bf16 matrices made in float32, for a CPU on which they are slow (no AVX-512, say).
+"""Run a script with products of bf16 matrices made in float32, for a CPU where they are slow (no AVX-512, say).
 
     python experiments/bf16.py experiments/controls.py --dtype bf16 …      the flags are the script's
 

@@ -65,9 +65,9 @@ def check(s):
     if "," not in s.tasks:
         raise BadInput(f"--tasks {s.tasks}: with one task there is nothing to forget; name at least two")
     if s.disjoint and "lori-s" not in methods:
-        raise BadInput(f"--disjoint is about lori-s's masks, and --methods are {s.methods}; name it, or leave one out")
+        raise BadInput(f"--disjoint is about lori-s's masks: leave it out, or add lori-s to --methods {s.methods}")
     if s.jobs > 1 or runs.WORLD > 1:
-        raise BadInput("continual.py is one process: leave out --jobs and torchrun; several can share an --out")
+        raise BadInput("leave out --jobs and torchrun: this is one process; several can share an --out")
 
 
 def check_masks_fit(frozen, tasks, s):

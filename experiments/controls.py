@@ -1,4 +1,4 @@
-"""Shams: what is left of Ortho-LoRA's gain where no conflict is resolved? train.py, with the projection replaced.
+"""Shams: what is left of Ortho-LoRA's gain if a step's own conflicts stay? train.py, with the projection replaced.
 
     python experiments/controls.py --methods ortho --control agree …      the other flags are train.py's
     python experiments/controls.py …                                      no sham: as train.py trains
@@ -6,8 +6,8 @@
 They replace `ortholora.projection_coefficients`, and keep what it does to the lengths of gradients:
 
     agree     of the pairs that agree, instead: v_i = g_i; where <v_i, g_j> > 0: v_i <- v_i + <v_i, g_j> / |g_j|^2 g_j.
-              The short gradient is raised most, and nothing is made orthogonal. Of two tasks that agree as often as
-              not, weights are as large as ortho's; of more, what is added adds up, and they are larger
+              The short gradient is raised most, and nothing is made orthogonal. For two tasks that agree as often as
+              not, weights are as large as ortho's; for more, what is added is added to, and they are larger
     late      C of the step before, on this step's gradients; at the first step, the identity. It resolves what conflict
               two steps have in common, and not the batch's own
     shuffled  each block's lengths with the angles of the block half the depth away, A's of an A, B's of a B: as many
@@ -78,20 +78,22 @@ def check(s, given):
     """What the shams can't do. Raises BadInput."""
     methods = train.listed(s.methods, "methods")
     if s.control and not all(train.METHODS[m].project for m in methods):
-        raise BadInput(f"--control {s.control} with --methods {s.methods}: it stands in for a projection; name such")
+        raise BadInput(
+            f"--control {s.control} with --methods {s.methods}: it stands in for a projection; give methods with one"
+        )
     if s.control and s.sequential:
-        raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces")
+        raise BadInput(f"--control {s.control} with --sequential, which does not use what it replaces: leave one out")
     if s.control == "shuffled" and (
         s.unit != "tensor" or s.factors != "AB" or s.targets or not {"ortho", "balanced"} >= set(methods)
     ):
         raise BadInput(
-            "--control shuffled is about blocks that are an A or a B of square layers: --methods ortho, --unit tensor, "
-            "and the default --targets"
+            "--control shuffled is about blocks that are an A or a B of square layers: it needs --methods ortho or "
+            "balanced, --unit tensor, --factors AB and the default --targets"
         )
     if s.demo or not {"model", "glue"} <= set(given):
-        raise BadInput("controls.py wants --model and --glue; the demo has workers and seeds of its own")
+        raise BadInput("give --model and --glue, and no --demo: the demo has workers and seeds of its own")
     if not s.out:
-        raise BadInput("controls.py wants --out FOLDER, for its losses.json")
+        raise BadInput("give --out FOLDER: losses.json goes there")
     if s.jobs > 1 or runs.WORLD > 1:
         raise BadInput("leave out --jobs and torchrun: a sham is put into one process; several can share an --out")
     if s.control == "late" and ("," in s.seeds + s.methods or s.save_every < 1e6):

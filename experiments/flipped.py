@@ -69,10 +69,10 @@ def make(glue, share, seed, holdout=0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
-    parser.add_argument("--share", type=float, choices=(0, 1), default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, choices=(0, 1), default=1, help="1: turn B's questions; 0: none [1]")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn [0]")
     parser.add_argument("--holdout", type=int, default=0, help="training rows to score on [0: the validation split's]")
     args = parser.parse_args(argv)
     try:

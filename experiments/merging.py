@@ -32,12 +32,12 @@ def parse(argv):
     own.methods = train.listed(own.methods, "methods", known=train.METHODS)
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
     if not all(0 < weight <= 1e3 for weight in own.merge_weights):
-        raise BadInput(f"--merge-weights {own.merge_weights}: above 0, and at most 1,000")
+        raise BadInput(f"--merge-weights {own.merge_weights}: each must be above 0, and at most 1,000")
     if runs.WORLD > 1:
-        raise BadInput("merging.py is one process: leave out torchrun")
+        raise BadInput("leave out torchrun: the merges are made in one process")
     own.out = os.path.expanduser(own.out)
     if not own.out:
-        raise BadInput("merging.py wants --out FOLDER")
+        raise BadInput("give --out FOLDER")
     train.check(train.Settings(**train.parse([*rest, "--methods", ",".join(own.methods), "--out", own.out])))
     return own, rest
 

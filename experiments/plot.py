@@ -210,7 +210,7 @@ def main(argv=None):
         kinds = figure.canvas.get_supported_filetypes()
         if path.suffix[1:] not in kinds:
             raise BadInput(
-                f"--file {path}: matplotlib writes {', '.join(kinds)}, not {path.suffix or 'a file without'}"
+                f"--file {path}: matplotlib writes {', '.join(kinds)}, not {path.suffix or 'without a suffix'}"
             )
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (BadInput, OSError) as e:

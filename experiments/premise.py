@@ -2,11 +2,11 @@
 
     python experiments/premise.py --model M --glue G --tasks cola,mrpc,sst2,stsb,mnli --rank 8 --seeds 0 --out OUT
 
-The other flags are train.py's, as far as they are about joint training without dropout, but the heads', which the
-checkpoint says; it runs on the CPU. After 25, 100 and all --steps, training stops for a while, and 512 batches of each
-task, drawn anew from its training rows, are run through the model as it stands, in G = 8 groups of 64. With x_gi the
-mean gradient of task i in group g, the products of the true mean gradients, free of bias as far as the groups are
-independent (a task of fewer rows than 512 batches have is read more than once, pass by pass, so nearly), are
+The other flags are train.py's, as far as they are about joint training. There is no dropout but the heads', at the
+checkpoint's rate. It runs on the CPU. After 25, 100 and all --steps, training stops for a while, and 512 batches of
+each task, drawn anew from its training rows, are run through the model as it stands, in G = 8 groups of 64. With x_gi
+the mean gradient of task i in group g, the products of the true mean gradients, free of bias where the groups are
+independent (nearly, for a task with fewer rows than 512 batches take, which is read more than once), are
 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
 
@@ -170,7 +170,7 @@ def main(argv=None):
         s.device, s.dtype, s.per_task = "cpu", s.dtype.replace("auto", "fp32"), "loop"
         train.check(s)
         if not s.seeds.isdecimal() or not s.out:
-            raise BadInput(f"premise.py: one seed and --out FOLDER, not --seeds {s.seeds} --out {s.out!r}")
+            raise BadInput(f"give one seed and --out FOLDER, not --seeds {s.seeds} --out {s.out!r}")
         results, timing = run(s)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         write_text(Path(s.out) / "timing.json", json.dumps(timing) + "\n")

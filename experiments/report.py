@@ -948,7 +948,7 @@ def main():
         or (
             "the pages and the tables are as the results have them"
             if args.check
-            else f"{len(results)} tables, and the blocks of {len(PAGES)} pages"
+            else f"wrote {len(results) + 2} tables, the figures, and the blocks of {len(PAGES)} pages"
         )
     )
     sys.exit(bool(wrong))

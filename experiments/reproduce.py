@@ -103,7 +103,7 @@ def data_of(unit, args):
             flipped += ["--holdout", holdout]
             command = [sys.executable, *(toy if kind == "toy" else flipped)]
             if code := subprocess.run(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=ONE_THREAD).returncode:
-                raise SystemExit(f"{shlex.join(command)}\nended with {code}")
+                raise SystemExit(f"reproduce.py: {shlex.join(command)} ended with {code}")
             (folder / "made").write_text(out_of)
     return (str(folder / "model"), str(folder / "glue")) if kind == "toy" else (args.model, str(folder))
 
@@ -126,7 +126,7 @@ def run(unit, args):
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=ONE_THREAD).returncode
     if code:
-        raise SystemExit(f"{shlex.join(command)}\nended with {code}; see {folder}/output.txt")
+        raise SystemExit(f"reproduce.py: {unit} ended with {code}; see {folder}/output.txt: {shlex.join(command)}")
     write(unit.path(args.results), gathered(unit, folder, about))
     return time.perf_counter() - begin
 
@@ -254,11 +254,11 @@ SPECIAL = {"demo": demo, "trust": trust}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", nargs="?", choices=[*EXPERIMENTS, *SPECIAL])
-    parser.add_argument("--only", default="", metavar="REGEX", help="units in whose CELL: ROW this is found")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only units in whose 'CELL: ROW' it is found")
     parser.add_argument("--model", help="checkpoint folder or Hub id")
     parser.add_argument("--glue", default="nyu-mll/glue", help="GLUE folder or Hub id [nyu-mll/glue]")
     parser.add_argument("--jobs", type=int, default=1, help="units at a time, of one thread each [1]")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no unit after so many")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no unit after so many [no limit]")
     parser.add_argument("--out", default="runs/reproduce", help="where the runs go [runs/reproduce]")
     parser.add_argument("--results", default=str(RESULTS), help="where results go [experiments/results]")
     args = parser.parse_args()

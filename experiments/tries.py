@@ -1,4 +1,4 @@
-"""Two changes to the method, tried and not kept unless they win: what is projected is made of the gradients first.
+"""Two changes to the method, tried and not kept unless they win: gradients are first turned into something else.
 
     python experiments/tries.py --attempt steps --methods ortho --seeds 0 --model MODEL --glue GLUE --out OUT …
 
@@ -76,7 +76,7 @@ make_optimizer, balance = train.make_optimizer, train.balance
 
 @dataclass
 class Settings(controls.Settings):
-    attempt: str = train.setting("", "what stands in the place of --balance", ["", "steps", "running"])
+    attempt: str = train.setting("", "in the place of --balance: steps or running", ["", "steps", "running"])
 
 
 def main(argv=None):
@@ -91,10 +91,12 @@ def main(argv=None):
         if attempt:
             if given.methods not in ("joint", "pcgrad", "ortho") or "," in given.seeds:
                 raise BadInput(
-                    f"--attempt {attempt} remembers a step: one method of joint, pcgrad, ortho, and one seed"
+                    f"--attempt {attempt} remembers a step: give one method, joint, pcgrad or ortho, and one seed"
                 )
             if any(word.partition("=")[0] in ("--balance", "--clip", "--save-every") for word in rest):
-                raise BadInput("--attempt stands in the place of --balance, and sets --clip and --save-every itself")
+                raise BadInput(
+                    "leave out --balance, --clip and --save-every: --attempt stands in the place of one, and sets two"
+                )
             clip = "0" if attempt == "steps" else "1"
             flags = ["--balance", "--save-every", "1e9", "--clip", clip]  # what is remembered is not saved
             train.balance = {"steps": steps, "running": running}.get(attempt, lambda: balance)()

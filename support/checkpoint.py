@@ -35,7 +35,7 @@ SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 200
 
 
 def shown(value):
-    """repr, but of some hundred characters at most, and of anything: a message is one line whatever a file holds."""
+    """repr, but of 300 characters at most, and of anything: a message is one line whatever a file holds."""
     text = SHORT.repr(value)
     return text if len(text) <= 300 else text[:300] + "…"
 
@@ -151,7 +151,7 @@ def read_header(path):
     path = require_file(Path(path))
 
     def bad(what):
-        return BadInput(f"{path} is not a complete safetensors file: {what}")
+        return BadInput(f"{path} is not a safetensors file that can be read: {what}")
 
     try:
         size = path.stat().st_size
@@ -182,7 +182,7 @@ def read_header(path):
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
         except (KeyError, TypeError, ValueError):
-            raise bad(f"tensor {shown(name)} has no readable dtype, shape and offsets") from None
+            raise bad(f"tensor {shown(name)} is described by {shown(entry)}, which can't be read") from None
         whole = whole and len(shape) <= 64 and all(n < 2**60 for n in shape)  # 64: torch's own limit
         whole = whole and math.prod(n or 1 for n in shape) < 2**60  # beyond, torch refuses even an empty one
         if not whole or end - begin != math.prod(shape) * dtype.itemsize:
@@ -250,7 +250,7 @@ def shards(index):
     files = sorted(set(weight_map.values()))
     for file in files:
         if not re.fullmatch(r"[\w.-]{1,200}", file) or file.startswith("."):
-            raise BadInput(f"{index} names a file that is none of its folder: {shown(file)}")
+            raise BadInput(f"{index} names {shown(file)}, which is no plain file name in its folder")
     return files
 
 
@@ -384,7 +384,7 @@ def read_adapter_config(folder):
     if config.get("bias", "none") != "none":
         raise BadInput(f"{where} trained biases (bias={shown(config['bias'])}); only bias='none' can be loaded")
     if config.get("use_rslora") not in (None, True, False):
-        raise BadInput(f"{where}: use_rslora is {shown(config['use_rslora'])}")
+        raise BadInput(f"{where}: use_rslora is {shown(config['use_rslora'])}, not true or false")
     if not all(isinstance(config.get(key) or {}, dict) for key in ("rank_pattern", "alpha_pattern")):
         raise BadInput(f"{where}: rank_pattern and alpha_pattern must be objects of names and numbers")
     if odd := [key for key in config.get("alpha_pattern") or () if not is_name(key)]:
@@ -407,7 +407,8 @@ def load_adapter(model, folder, task=None):
     config, where, tensors = read_adapter_config(folder), f"adapter {folder}", {}
     for name, tensor in read_safetensors(folder / "adapter_model.safetensors").items():
         if not name.startswith(ROOT) or not tensor.is_floating_point():
-            raise BadInput(f"{where}: tensor {shown(name)} of type {tensor.dtype} is no adapter tensor ({ROOT}…)")
+            kind = f"of type {tensor.dtype}"
+            raise BadInput(f"{where}: tensor {shown(name)} {kind} is not a floating-point tensor named {ROOT}…")
         tensors[name.removeprefix(ROOT)] = tensor.float()
 
     # Which layers: what the file holds decides; target_modules may be a list, a regex or "all-linear".
@@ -435,7 +436,8 @@ def load_adapter(model, folder, task=None):
             rank = next(iter(found["A"].shape), 0)
         numbers = type(rank) is int and type(alpha) in (int, float) and type(dropout) in (int, float)
         if not numbers or rank < 1 or not abs(alpha) < 1e9 or not 0 <= dropout < 1:
-            raise BadInput(f"{where} has r={shown(rank)}, lora_alpha={shown(alpha)}, lora_dropout={shown(dropout)}")
+            said = f"r={shown(rank)}, lora_alpha={shown(alpha)}, lora_dropout={shown(dropout)}"
+            raise BadInput(f"{where} has {said}; r must be a whole number from 1, alpha finite, dropout in [0, 1)")
         for factor, shape in (("A", (rank, base.in_features)), ("B", (base.out_features, rank))):
             if tuple(found[factor].shape) != shape:
                 size, want = tuple(found[factor].shape), shown(shape)
@@ -445,7 +447,7 @@ def load_adapter(model, folder, task=None):
     # The rest: the head's tensors. Whatever else belongs inside the encoder would be lost, so it is refused.
     head = {} if task is None else model.heads[task].state_dict()
     if missing := sorted(head.keys() - tensors.keys()):
-        raise BadInput(f"{where} has no head for {task}: {missing[0]} is missing (modules_to_save lists it?)")
+        raise BadInput(f"{where} has no head for {task}: {missing[0]} is missing (does modules_to_save list it?)")
     for name, tensor in head.items():
         if tensors[name].shape != tensor.shape:
             raise BadInput(f"{where}: {name} is {tuple(tensors[name].shape)}, {task} needs {tuple(tensor.shape)}")
@@ -494,7 +496,7 @@ def load_state(path):
         _, metadata, _ = read_header(path)
         tensors, info = read_safetensors(path), metadata.get("info", "")
         if checksum(tensors, info) != metadata.get("sha256"):
-            damage = "its checksum is another"
+            damage = "its checksum does not match"
     except BadInput as e:
         damage = str(e).partition(f"{path} is ")[2]
         if not damage:  # it is not there, or can't be read, but may be whole

@@ -39,9 +39,10 @@ def hub_error(kind, name, error):
     if isinstance(error, hub.GatedRepoError):
         return HubError(f"{kind} {name!r} is gated: ask for access on its page and set HF_TOKEN")
     if isinstance(error, hub.RepositoryNotFoundError):
-        return HubError(f"no {kind} {name!r} on the Hub, or it is private (then set HF_TOKEN)")
+        there = "on the Hub, or it is private (then set HF_TOKEN)"
+        return HubError(f"no {kind} {name!r} {there}; nor is there such a folder here")
     if isinstance(error, hub.OfflineModeIsEnabled):
-        why, advice = "it is down, or HF_HUB_OFFLINE is set, and the cache lacks it or a part of it", "connect"
+        why, advice = "the Hub is down, or HF_HUB_OFFLINE is set, and not all of it is in the cache", "connect"
     else:
         why, status = reason(error), getattr(getattr(error, "response", None), "status_code", None)
         advice = {401: "check HF_TOKEN", 403: "check HF_TOKEN", 429: "wait some minutes"}.get(status, "try again later")
@@ -55,8 +56,8 @@ silent_until = 0.0  # on time.monotonic's clock
 def ask_hub(kind, name, file, revision="main"):
     """Ask the Hub for a file's headers: None, or a HubError that says why the model or dataset can't be had.
 
-    Once, and for PATIENCE seconds at most: its libraries would try a Hub that is down for 25 seconds, and wait as long
-    as a busy one tells them to. Raises BadInput for what is no Hub id.
+    Once, and for PATIENCE seconds at most: its libraries would go on for 25 seconds with a Hub that is down, and wait
+    as long as a busy one tells them to. Raises BadInput for what is no Hub id.
     """
     global silent_until
     # Imported here, not above: HF_HUB_OFFLINE and its like are read at import, and may be set until a Hub is needed.

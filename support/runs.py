@@ -51,7 +51,7 @@ RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), 
 def together():
     """What all processes do at once. Raises ConnectionError where another one has ended, which has said why.
 
-    What this one's GPU has done wrong shows here, too, later than it was done, and is its own.
+    An error of this process's own GPU may surface here, later than it happened; it is raised as it is.
     """
     try:
         yield
@@ -95,13 +95,14 @@ def join_processes(device):
     if WORLD > 1:
         cuda, here = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if cuda and here > torch.cuda.device_count():
-            raise BadInput(f"{here} processes on {torch.cuda.device_count()} GPUs: ask torchrun for one on each")
+            raise BadInput(f"{here} processes on {torch.cuda.device_count()} GPUs: give torchrun at most one for each")
         if cuda:
             torch.cuda.set_device(LOCAL_RANK)
         try:  # the first one scores, so the others may wait for long
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1))
         except ValueError as e:
-            raise BadInput(f"WORLD_SIZE is {WORLD}, and torchrun's other variables are not set: {e}") from None
+            unset = f"WORLD_SIZE is {WORLD}, and torchrun's other variables are not set"
+            raise BadInput(f"{unset}; start with torchrun, or unset WORLD_SIZE: {e}") from None
 
 
 def end(main):
@@ -270,11 +271,11 @@ def open_out(out, settings, facts, about, resume, again):
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     known, bound = read_json(path), settings | facts
     if not all(isinstance(known.get(part), dict) for part in ("settings", "facts")):
-        raise BadInput(f"{path} is none that train.py has written; choose another folder")
+        raise BadInput(f"{path} was not written by train.py; choose another folder")
     there = known["settings"] | known["facts"]
     for what in there | bound:
         if (old := there.get(what)) != (new := bound.get(what)):
-            hint = " (--jobs means 1; OMP_NUM_THREADS sets it)" if what == "threads" else ""
+            hint = " (1 with --jobs; else OMP_NUM_THREADS sets it)" if what == "threads" else ""
             raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}{hint}; choose another folder for that")
     if about.get("methods", {}).keys() - known.get("methods", {}).keys():
         with locked(out, wait=True):
@@ -530,7 +531,8 @@ class Workers:
                 except (EOFError, ConnectionResetError):
                     self.started[worker].join()
                     code = self.started[worker].exitcode
-                    raise ChildProcessError(f"a worker ended with exit code {code}") from None
+                    why = f"a worker of --jobs ended with exit code {code} (-9: killed, as when memory runs out)"
+                    raise ChildProcessError(f"{why}; go on with --resume, and fewer --jobs if need be") from None
                 if isinstance(said, FloatingPointError):
                     failed.append(said)
                 elif isinstance(said, Exception):

@@ -175,7 +175,7 @@ def table(results, timings):
         gap = results["summary"][method].get("gap_recovered", "—")
         time = f"{seconds[method] / seconds[base]:.2f}" if seconds[method] and seconds[base] else "—"
         counts = [f"{first[name]:,}" for name in ("adapter_parameters", "head_parameters")]
-        some = "" if len(seeds) == len(results["seeds"]) else f" ({len(seeds)} of them)"
+        some = "" if len(seeds) == len(results["seeds"]) else f" ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
         rows.append([method + some, *scores, average, gap, *counts, time])
     if any(memory.values()):
         cells = ["memory", "", *(f"{memory[method] / 2**20:,.0f} MiB" if memory[method] else "—" for method in runs)]
@@ -218,7 +218,7 @@ def by_task(results, watched="ortho"):
         said += " Where single is far above joint, joint training has neglected the task."
     if fifths:
         said += " length: of the task's gradient, its loss's weight included, in the first fifth of the steps."
-        said += " weight: how often that gradient is in the update then; 1 as in joint training, 10 ten times as much."
+        said += " weight: by what factor that gradient goes into the update then; in joint training it is 1."
     return f"{said}\n\n{markdown(rows)}"
 
 
@@ -299,8 +299,8 @@ def report(results, timings, about):
         + f", {s['dtype']} on {hardware}.",
         table(results, timings),
         "A score is the mean of the task's metrics × 100. gap recovered: of the average, (method − joint) / (single − "
-        "joint); as points of points where that gap is not clear of 0, by its paired 95 % interval or for fewer than "
-        f"3 seeds. adapter, heads: trained scalars. step time: of all tasks' batches together, relative to {base}.",
+        "joint); both in points where that gap is not clearly above 0, by its paired 95 % interval over at least 3 "
+        f"seeds. adapter, heads: trained scalars. step time: of all tasks' batches together, relative to {base}.",
         differences(timings),
         by_task(results),
         merges(results, about["methods"]),

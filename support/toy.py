@@ -543,7 +543,7 @@ def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, r
     folder = Path(folder or f"runs/toy-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists() or (folder / MARKER).read_bytes() != text.encode():
-            raise BadInput(f"{folder} holds something else than this toy; choose another folder, or remove it")
+            raise BadInput(f"{folder} holds something other than this toy; choose another folder, or remove it")
         return folder
     tasks = make_tasks(random.Random(f"tasks {seed}"), conflict, (rows, max(rows // 5, 1)))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -566,7 +566,7 @@ def make_demo(folder=None, seed=0, conflict=CONFLICT, quiet=False, steps=1200, r
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo of train.py. sst2's loss counts a tenth: that its gradient is short is all that is the matter with it.
+# The demo of train.py. sst2's loss counts a tenth: its short gradient is the only thing wrong with it.
 
 DEMO = {
     "tasks": "sst2,mrpc,mnli,stsb",
@@ -622,9 +622,10 @@ def demo(s):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--conflict", type=float, default=CONFLICT, help="share of words they disagree on")
+    parser.add_argument("folder", type=Path, help="where to write: new, empty, or the same toy")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random [%(default)s]")
+    conflict = "probability that a row's trait is one on which the tasks may disagree [%(default)s]"
+    parser.add_argument("--conflict", type=float, default=CONFLICT, help=conflict)
     args = parser.parse_args()
     try:
         make_demo(args.folder, args.seed, args.conflict)

@@ -409,9 +409,9 @@ def forked(args, numbers, folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Mutated files: a clean BadInput or a correct load, every time.")
-    parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--first", type=int, default=0, help="the first case; those before are left out")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=100_000, help="number of the last case, plus one [%(default)s]")
+    parser.add_argument("--first", type=int, default=0, help="the first case; those before are left out [%(default)s]")
+    parser.add_argument("--seed", type=int, default=0, help="of the damage [%(default)s]")
     parser.add_argument("--only", type=int, help="one case; its files are kept")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

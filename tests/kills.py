@@ -132,7 +132,7 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=50, help="runs [%(default)s]")
     parser.add_argument("--kills", type=int, default=3, help="of one run, at most [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
-    parser.add_argument("--mode", choices=COMMANDS, default="one", help="[%(default)s]")
+    parser.add_argument("--mode", choices=COMMANDS, default="one", help="what is killed, as above [%(default)s]")
     args = parser.parse_args(argv)
     moments, wrong = random.Random(args.seed), []
     killed = dict.fromkeys(("training", "saving", "scoring", "elsewhere"), 0)

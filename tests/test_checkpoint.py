@@ -624,7 +624,7 @@ def test_adapter_tensors_that_cannot_be_loaded(bert):
     assert "lora_B" in said({}, [stem + "B.weight"]) and "lora_A" in said({}, [stem + "A.weight"])
     assert "(4, 23)" in said({stem + "A.weight": torch.zeros(4, 23)})
     assert "int64" in said({stem + "A.weight": torch.zeros(4, 24, dtype=torch.int64)})
-    assert "'bert.x' of type torch.float32 is no adapter tensor" in said({"bert.x": torch.zeros(1)})
+    assert "'bert.x' of type torch.float32 is not a floating-point tensor named" in said({"bert.x": torch.zeros(1)})
     assert "bert.encoder.layer.9" in said({stem.replace("0", "9") + "A.weight": torch.zeros(4, 24)})
     assert "word_embeddings" in said({"base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(61, 24)})
     assert "pooler" in said({"base_model.model.bert.pooler.dense.bias": torch.zeros(24)})  # ours is the pretrained one
@@ -700,16 +700,16 @@ def test_a_state_of_which_anything_has_changed(state):
     start = 8 + int.from_bytes(whole[:8], "little")
     for at in range(start, len(whole)):  # every byte of the tensors
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert "its checksum is another" in damaged(path)
+        assert "its checksum does not match" in damaged(path)
     for length in 0, 7, start - 1, start, len(whole) - 1:
         path.write_bytes(whole[:length])
-        assert "not a complete safetensors file" in damaged(path)
+        assert "not a safetensors file that can be read" in damaged(path)
     for old, new in (b'step\\": 3', b'step\\": 4'), (b'"F64', b'"I64'), (b"[3,4]", b"[4,3]"), (b"(5,)", b"(6,)"):
         assert old in whole[:start]
         path.write_bytes(whole.replace(old, new))
         damaged(path)
     write_safetensors(path, tensors, {"info": "{}"})  # whole, but by someone else
-    assert "its checksum is another" in damaged(path)
+    assert "its checksum does not match" in damaged(path)
     path.write_bytes(whole)
     assert load_state(path)[1] == info
 

@@ -320,7 +320,7 @@ def test_a_control_is_bound_and_changes_the_training_and_nothing_without_it(tmp_
         (["--control=late"], "one method, one seed, and --save-every"),
         (["--control=late", "--save-every=1e9", "--seeds=0,1"], "one method, one seed"),
         (["--jobs=2"], "a sham is put into one process"),
-        (["--out="], "wants --out FOLDER"),
+        (["--out="], "give --out FOLDER"),
         (["--control=early"], "'early' is none of"),
         (["--control=shuffled", "--unit=all"], "blocks that are an A or a B of square layers"),
         (["--control=shuffled", "--targets=all-linear"], "and the default --targets"),
@@ -375,7 +375,7 @@ def test_a_try_moves_the_adapter_by_the_projected_steps(tmp_path, flags, capsys)
     assert json.loads((tmp_path / "steps/settings.json").read_text())["settings"]["attempt"] == "steps"
     assert not tries.main([*one, "--attempt=running", f"--out={tmp_path / 'running'}"])
     assert train.balance is tries.balance and train.make_optimizer is tries.make_optimizer
-    one_of = "one method of joint, pcgrad, ortho, and one seed"
+    one_of = "give one method, joint, pcgrad or ortho, and one seed"
     refused = {"--balance": "in the place of", "--seeds=0,1": one_of, "--methods=single": one_of, "--methods=": one_of}
     for more, words in refused.items():
         assert tries.main([*one, "--attempt=steps", more, f"--out={tmp_path / 'no'}"]) == 2

@@ -218,7 +218,7 @@ def test_all_linear_knows_heads_by_their_place():
     assert add_lora(Model(), "all-linear").keys() == {"body.classifier", "out"}
     assert add_lora(Model("out"), "all-linear").keys() == {"body.classifier", "score.0", "qa_outputs"}
     assert add_lora(Model(), ["all-linear", "qa_outputs"]).keys() == {"body.classifier", "qa_outputs", "out"}
-    with pytest.raises(ValueError, match="'all-linear' matches no linear layer; there are classifier"):
+    with pytest.raises(ValueError, match="'all-linear' matches no linear layer; their names: classifier"):
         add_lora(nn.ModuleDict({"classifier": nn.Linear(2, 2)}), "all-linear")
 
 
@@ -320,7 +320,7 @@ def test_unknown_family_needs_targets():
         add_lora(model)
     assert "0, 2" in one_line(error)
     assert set(add_lora(model, ["2"])) == {"2"}
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="linear layers: none"):
         add_lora(nn.ReLU())
 
 
@@ -672,7 +672,7 @@ def test_peft_adapter_refuses():
     with pytest.raises(ValueError, match="'model' must end in a dot"):
         peft_adapter(model.model, "model")
     model.set_submodule(path, LoRALinear(layer.base, 8, 16, rslora=True))
-    with pytest.raises(ValueError, match="some with rslora and some without"):
+    with pytest.raises(ValueError, match="only some LoRA layers use rslora"):
         peft_adapter(model)
 
 

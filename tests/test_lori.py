@@ -304,7 +304,7 @@ def test_masks_refused():
     for use in (lambda m: MaskedB(model, m)), (lambda m: magnitude_masks(model, exclude=m)):
         says("block.0.gate is a mask, but there is no such LoRA layer", use, other)
         says("block.0.up is a LoRA layer, but there is no such mask", use, fewer)
-        says("block.0.up is (14, 4) of torch.bool, B is (14, 3)", use, wider)
+        says("block.0.up is (14, 4) of torch.bool, not (14, 3) of torch.bool", use, wider)
         says("torch.float32", use, numbers)
     assert not [m for m in model.modules() if "Parametrized" in type(m).__name__]
 
@@ -657,7 +657,7 @@ def test_merge_refuses():
         says("different targets: b is in only one of adapters 0 and 1", merge, [one, {"a": two["a"]}], None, how)
         wider = {**two, **random_adapter({"b": (5, 8)}, 2, 0)}
         says("different bases: b is (5, 7) in adapter 0, (5, 8) in 1", merge, [one, wider], None, how)
-    says("unknown merge 'ties': cat or linear", merge, [one, two], None, "ties")
+    says("how must be cat or linear, not 'ties'", merge, [one, two], None, "ties")
     says("linear needs equal ranks, a has 2, 3", merge, [one, three], None, "linear")
     says("no weight × scale may be negative", merge, [one, two], [1, -0.5], "linear")
     says(": [-1.0]; use cat", merge, [{path: (A, B, -1.0) for path, (A, B, _) in one.items()}], None, "linear")

@@ -169,7 +169,7 @@ def test_table_by_hand(by_hand):
     first = lines.index("layer  A                               B")
     assert lines[first + 1] == "    0  █████···············  25 %      █████···············  25 %"
     assert lines[first + 2] == "    1  ██████████··········  50 %      ██████████··········  50 %"
-    assert "by task pair: a-b 25 %" in text and "weight: how often" in text
+    assert "by task pair: a-b 25 %" in text and "weight: by what factor" in text
 
 
 def test_balanced_gradients_have_no_lengths(by_hand):
@@ -226,7 +226,7 @@ def test_seeds_that_only_some_methods_have(by_hand):
     results = results_of(by_hand)
     assert results["seeds"] == [0, 9, 10] and list(results["methods"]["joint"]) == ["0", "9"]
     text = (by_hand / "results.md").read_text()
-    assert "of 3 seeds" in text and "| joint (2 of them) |" in text and "| single            |" in text
+    assert "of 3 seeds" in text and "| joint (2 seeds) |" in text and "| single          |" in text
     assert results["summary"]["ortho"]["gap_recovered"] == "+5.5 of +10.0"  # 6 and 5
     shutil.rmtree(by_hand / "joint")
     table.write(by_hand)

@@ -317,7 +317,7 @@ def test_a_folder_of_something_else_is_refused(demo, tmp_path, how):
     before = contents(folder)
     with pytest.raises(BadInput) as e:
         toy.make_demo(folder, **TINY)
-    assert one_line(e) == f"{folder} holds something else than this toy; choose another folder, or remove it"
+    assert one_line(e) == f"{folder} holds something other than this toy; choose another folder, or remove it"
     assert contents(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
@@ -371,7 +371,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, says", [(["new", "--conflict", "2"], "[0, 1]"), (["."], "holds something else"), (["file"], "file")]
+    "arguments, says", [(["new", "--conflict", "2"], "[0, 1]"), (["."], "holds something other"), (["file"], "file")]
 )
 def test_bad_command_line(tmp_path, monkeypatch, capsys, arguments, says):
     (tmp_path / "file").write_text("")
