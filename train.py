@@ -136,13 +136,13 @@ MOVED = {
 }
 
 
-def parse(argv):
+def parse(argv, prog="train.py", about=__doc__):
     """The flags that were given, as {name: value}. Raises BadInput for one that has moved."""
     for word in argv:
         if (flag := word.partition("=")[0]) in MOVED:
             raise BadInput(f"{flag} has moved: {MOVED[flag]}")
-    parser = argparse.ArgumentParser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.description, parser.formatter_class = about, argparse.RawDescriptionHelpFormatter
     for f in fields(Settings):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:

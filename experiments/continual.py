@@ -53,7 +53,7 @@ def parse(argv):
     if {"-h", "--help"} & set(rest):
         print(f"{__doc__}\nAll other settings are train.py's: python train.py --help")
         sys.exit()
-    return train.parse(rest) | vars(own)
+    return train.parse(rest, "continual.py") | vars(own)
 
 
 def check(s):

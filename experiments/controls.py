@@ -129,13 +129,13 @@ def losses(s):
     return found
 
 
-def main(argv=None, typed=None, script="experiments/controls.py"):
-    """typed, script: the command as the user gave it, for the one that goes on."""
+def main(argv=None, typed=None, script="experiments/controls.py", about=__doc__):
+    """typed, script: the command as the user gave it, for the one that goes on. about: the script's --help."""
     argv = sys.argv[1:] if argv is None else argv
     plain, train.Settings = train.Settings, Settings  # so that the flag is parsed, and settings.json binds it
     again, runs.again = runs.again, lambda _, out, demo: again(typed or argv, out, demo, script)
     try:
-        given = train.parse(argv)
+        given = train.parse(argv, Path(script).name, about)
         s = Settings(**given)
         train.check(s)
         check(s, given)
@@ -146,7 +146,7 @@ def main(argv=None, typed=None, script="experiments/controls.py"):
             write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")
         return status
     except (BadInput, OSError) as e:
-        print(f"controls.py: {e}", file=sys.stderr)
+        print(f"{Path(script).name}: {e}", file=sys.stderr)
         return 2
     finally:
         train.Settings, ortholora.projection_coefficients, runs.again = plain, projection_coefficients, again

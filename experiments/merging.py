@@ -38,7 +38,8 @@ def parse(argv):
     own.out = os.path.expanduser(own.out)
     if not own.out:
         raise BadInput("give --out FOLDER")
-    train.check(train.Settings(**train.parse([*rest, "--methods", ",".join(own.methods), "--out", own.out])))
+    words = [*rest, "--methods", ",".join(own.methods), "--out", own.out]
+    train.check(train.Settings(**train.parse(words, "merging.py")))
     return own, rest
 
 

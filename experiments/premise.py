@@ -166,7 +166,7 @@ def run(s):
 
 def main(argv=None):
     try:
-        s = train.Settings(**train.parse(sys.argv[1:] if argv is None else argv))
+        s = train.Settings(**train.parse(sys.argv[1:] if argv is None else argv, "premise.py", __doc__))
         s.device, s.dtype, s.per_task = "cpu", s.dtype.replace("auto", "fp32"), "loop"
         train.check(s)
         if not s.seeds.isdecimal() or not s.out:

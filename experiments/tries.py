@@ -102,7 +102,7 @@ def main(argv=None):
             train.balance = {"steps": steps, "running": running}.get(attempt, lambda: balance)()
         if attempt == "steps":
             train.make_optimizer = optimizer_of
-        return controls.main([*argv, *flags], argv, "experiments/tries.py")
+        return controls.main([*argv, *flags], argv, "experiments/tries.py", __doc__)
     except BadInput as e:
         print(f"tries.py: {e}", file=sys.stderr)
         return 2

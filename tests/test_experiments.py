@@ -52,6 +52,17 @@ def result(out, method, seed=0):
     return json.loads((out / method / f"seed{seed}" / "result.json").read_text())
 
 
+@pytest.mark.parametrize("script", [continual, controls, merging, premise, tries])
+def test_a_script_that_has_train_pys_flags_speaks_for_itself(script, capsys):
+    """Its --help has its own docstring, and a flag that there is not is told under its own name."""
+    with pytest.raises(SystemExit, match="^(0|)$"):
+        script.main(["--help"])
+    assert script.__doc__ in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--methods=single", "--merge-weights=1", "--out=OUT", "--no-such-flag"])
+    assert f"\n{Path(script.__file__).name}: error: unrecognized arguments: " in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # continual.py
 
