@@ -586,8 +586,8 @@ The demo: a toy grammar under the names of four GLUE tasks, and an encoder so sm
 half a minute.
 """
 QUESTION = """\
-Then two to four minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others', so that
-its gradient is short. What becomes of sst2? By method:
+Then two to four minutes of training. The tasks share one adapter, and sst2's loss counts a tenth of the others', so
+that its gradient is short. What becomes of sst2? By method:
   head      no adapter: what the frozen encoder knows
   single    an adapter of its own for each task
   joint     one adapter for all, their gradients added
