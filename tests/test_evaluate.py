@@ -113,7 +113,8 @@ def test_flags_say_otherwise(finished, demo, tmp_path, capsys):
     flags = ["--model", str(tmp_path / "model"), "--glue", str(tmp_path / "glue")]
     assert evaluate.main([str(tmp_path / "adapter"), *flags]) is None
     assert rows_of(capsys.readouterr().out)["adapter", "sst2", "validation"][1] == "100.0"
-    assert "--max-length 4: " in refused([tmp_path / "adapter", *flags, "--max-length", 4], capsys)
+    said = refused([tmp_path / "adapter", *flags, "--max-length", 4], capsys)
+    assert "max length 4, but " in said and "takes 8 to 64 tokens; give another --max-length" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
