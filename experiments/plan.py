@@ -383,5 +383,13 @@ ACROSS = {
             ("W = 10, 400 steps, other rates", "joint at 0.004"),
             ("W = 10, 400 steps", "ortho"),
         ),
+        *(
+            (
+                f"{said} at W = 1, less {base} at W = 10, 1500 steps",
+                ("W = 1, 1500 steps", said),
+                ("W = 10, 1500 steps", base),
+            )
+            for said, base in (("single", "joint"), ("joint", "joint"), ("joint", "ortho"))
+        ),
     ],
 }
