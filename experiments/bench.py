@@ -69,6 +69,11 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def fewer(args):
+    """The rounds of what takes long."""
+    return max(3, args.rounds // 5)
+
+
 def take_turns(modes, rounds, device, warmup=2):
     """{name: (prepare or None, run)} -> {name: median seconds of run()}, in rounds of every mode once, shuffled."""
     times, order = {name: [] for name in modes}, random.Random(0)
@@ -173,7 +178,7 @@ def bench_large(args, device):
                 p.grad = None
 
         modes = {"project": (fill, ortho.project), "sum": (fill, ortho.rows.sum)}
-        times = take_turns(modes, max(3, args.rounds // 5), device, warmup=1)
+        times = take_turns(modes, fewer(args), device, warmup=1)
         peak = peak_of(ortho.project, device, prepare=fill)
         found = {"unit": unit, "blocks": len(ortho.blocks), "seconds": times["project"], "sum_seconds": times["sum"]}
         results.append(found | {"peak_bytes": peak, "promised_bytes": promised(ortho), "rows_bytes": ortho.rows.nbytes})
@@ -197,7 +202,7 @@ def bench_project(args, device):
     results, counts = [], [int(t) for t in args.num_tasks.split(",")]
     for T in counts:
         ortho, modes = projection_modes(T, device, args.torchjd_up_to >= T and installed("torchjd"))
-        times = take_turns(modes, args.rounds if T < 32 else max(3, args.rounds // 5), device)
+        times = take_turns(modes, args.rounds if T < 32 else fewer(args), device)
         extra = peak_of(ortho.project, device, prepare=modes["project"][0])
         ms = {name: 1e3 * seconds for name, seconds in times.items()}
         results.append({"tasks": T, "milliseconds": ms, "extra_bytes": extra, "rows_bytes": ortho.rows.nbytes})
@@ -207,7 +212,8 @@ def bench_project(args, device):
         print(" ".join(rows[-1]), flush=True)
     notes = [
         "48 blocks of 6,144 numbers (r 8, query and value), float32. collect: of all tasks. bare Gram: the "
-        "batched product of every block with itself. MiB: what project() takes beside the rows."
+        "batched product of every block with itself. MiB: what project() takes beside the rows. From 32 tasks on "
+        f"{fewer(args)} rounds."
     ]
     if args.step:
         config = Config("roberta", 50265, 768, 12, 12, 3072, 514, 1, "gelu", 0.1, 0.1, 0.1, type_vocab_size=1)
@@ -220,7 +226,7 @@ def bench_project(args, device):
         ]
         notes.append(
             f"A RoBERTa-base step takes {seconds:.2f} s per task ({args.batch_size} sequences of "
-            f"{args.length} tokens, {args.dtype}): project() is {', '.join(shares)} of it."
+            f"{args.length} tokens, {args.dtype}; 3 rounds): project() is {', '.join(shares)} of it."
         )
         results.append({"step_seconds_per_task": seconds})
     if len(counts) > 3:
@@ -592,14 +598,15 @@ def main():
         f"{args.clock} time, {about['hardware']} ({about['processor']}), torch {about['torch']}, "
         f"commit {about['commit']}, {about['date']}"
     )
-    rounds = f"{args.rounds} rounds, " if args.what in ("project", "step") else ""
-    text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {rounds}{where}."])
+    rounds = fewer(args) if args.shapes == "7b" else args.rounds
+    timed = f"{rounds} rounds, " if args.what in ("project", "step") else ""
+    text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {timed}{where}."])
     print(f"\n{text}")
     variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base" if args.dtype == "fp32" else "bf16")
     name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + f"-{device.type}"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    written = {"command": command, **about, "rounds": args.rounds, "results": results}
+    written = {"command": command, **about, "rounds": rounds, "results": results}
     (out / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
     (out / f"{name}.md").write_text(text + "\n")
 

@@ -181,12 +181,17 @@ def draw(out, method=""):
         score_and_loss(column, task, logs, results, methods)
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")
+    if about["settings"].get("holdout"):
+        axes[0, 0].set_ylabel("score on held-out rows")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside upper center", ncols=len(methods), frameon=False)
     if method:
         below = parts[1].subplots(1, 3)
         share = 1 / len(tasks) if about["settings"].get("combine") == "mean" else 1
         weights_and_norms(below[:2], tasks, logs[method], results[method], share)
+        if about["settings"].get("balance") or about["methods"][method].get("balance"):  # the rows are scaled ones
+            below[0].set_ylabel("weight after balancing")
+            below[1].set_ylabel("length after balancing")
         handles, labels = below[0].get_legend_handles_labels()
         title = f"{method}: what the projection does"
         parts[1].legend(handles, labels, loc="outside upper center", ncols=len(tasks), frameon=False, title=title)

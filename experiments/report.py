@@ -210,19 +210,21 @@ def difference_table(title, pairs, tasks, ninety=False):
 
     loss: of the validation split, in nats or shares of the labels' variance, averaged over the tasks; less is better.
     ninety: the average with a 90 % interval, too, which plan.py's rule for shams is about. Of fewer than ENOUGH pairs
-    nothing is said; how many there are is, where that differs.
+    nothing is said; how many there are is, where that differs, or is less than a row has seeds.
     """
-    more, counts = ["average, 90 %"] * ninety, ["seeds"]
+    more, counts, most = ["average, 90 %"] * ninety, ["seeds"], 0
     table = [[title, *tasks, "average", *more, "could have seen", "loss"]]
     for name, row, base in pairs:
         x = [differences(values(row, task), values(base, task)) for task in [*tasks, ""]]
         if len(x[-1]) >= ENOUGH:
             counts.append(f"{len(x[-1])}")
+            most = max(most, len(row), len(base))
             loss = differences(*(values(found, "", "loss") for found in (row, base)))
             loss = "" if np.isnan(loss).any() else signed(interval(loss), 3)
             more = [signed(interval(x[-1], 0.9), 1)] * ninety
             table.append([name, *(signed(interval(d), 1) for d in x), *more, f"{detectable(x[-1]):.1f}", loss])
-    return [[*line, n] for line, n in zip(table, counts, strict=True)] if len(set(counts[1:])) > 1 else table
+    differ = set(counts[1:]) - {f"{most}"}
+    return [[*line, n] for line, n in zip(table, counts, strict=True)] if differ else table
 
 
 def less(rows, base):
@@ -257,6 +259,8 @@ def weight_table(rows, tasks):
         "|v − g| / |g|, are medians of seeds, of means over steps, which for a weight a few steps with hardly a "
         "gradient can make; conflicts and cosines are means."
     )
+    if any("balanced" in line[0] for line in table):
+        note += " Of balanced gradients, a weight comes on top of the factor that balances."
     return table, note if norms else ""
 
 
@@ -762,8 +766,9 @@ def draw(results):
         made["contrasts"] = results["contrasts"], figure_contrasts(plt)
     for name, (cells, tasks) in DIFFERENCES.items():
         units = units_of(RESULTS / name)
-        there = {cell: units[cell] | beside(cell, units) for cell in cells if cell in units}
-        if there and all(len(rows.get("joint", ())) >= ENOUGH for rows in there.values()):
+        enough = [cell for cell in cells if len(units.get(cell, {}).get("joint", ())) >= ENOUGH]
+        there = {cell: units[cell] | beside(cell, units) for cell in enough}
+        if there:
             made[name] = results[name], figure_differences(plt, there, tasks)
     return made
 

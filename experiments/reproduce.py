@@ -35,6 +35,8 @@ from bench import installed, machine  # noqa: E402
 from bf16 import slow_in_bf16  # noqa: E402
 from plan import EXPERIMENTS  # noqa: E402
 
+from support.toy import demo_settings  # noqa: E402
+
 RESULTS = ROOT / "experiments" / "results"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a CPU, whatever else is there
 
@@ -116,11 +118,7 @@ def run(unit, args):
     if "bf16" in flags and slow_in_bf16():
         run_it = [str(ROOT / "experiments" / "bf16.py")]
         about["processor"] += ", products of bf16 in float32"
-    begun, where = folder / "begun.json", json.dumps(about | {"date": ""}, indent=1)
-    if not begun.exists() or begun.read_text() != where:  # begun on another machine or commit, so it starts over
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        begun.write_text(where)
+    empty_if_begun_elsewhere(folder, about)
     again = ["--resume"] * (script != "experiments/premise.py")
     command = [sys.executable, *run_it, str(ROOT / script), *flags, "--out", str(folder), *again]
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
@@ -129,6 +127,15 @@ def run(unit, args):
         raise SystemExit(f"reproduce.py: {unit} ended with {code}; see {folder}/output.txt: {shlex.join(command)}")
     write(unit.path(args.results), gathered(unit, folder, about))
     return time.perf_counter() - begin
+
+
+def empty_if_begun_elsewhere(folder, about):
+    """What was begun on another machine or at another commit starts over. about: `machine`'s."""
+    begun, where = folder / "begun.json", json.dumps(about | {"date": ""}, indent=1)
+    if not begun.exists() or begun.read_text() != where:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        begun.write_text(where)
 
 
 def gathered(unit, folder, about):
@@ -191,9 +198,10 @@ def reproduce(name, args):
 def demo(args):
     """The demo as README's first command runs it, and its picture, for which it is scored on the way."""
     folder, begin = Path(args.out).resolve() / "demo", time.perf_counter()
+    empty_if_begun_elsewhere(folder, machine(torch.device("cpu")))
     run_demo = [sys.executable, "train.py", "--demo", "--eval-every", "25", "--out", str(folder), "--resume"]
     subprocess.run(run_demo, check=True, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    about = facts("demo", demo.__doc__, args, time.perf_counter() - begin)
+    about = facts("demo", demo.__doc__, demo_settings({}, 1)["jobs"], time.perf_counter() - begin)
     found, table = json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
     write(
         Path(args.results) / "demo" / "results.json",
@@ -222,15 +230,15 @@ def trust(args):
     begin = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(tried, TRUST))
-    about = facts("trust", trust.__doc__, args, time.perf_counter() - begin) | {"seeds": [0]}
+    about = facts("trust", trust.__doc__, args.jobs, time.perf_counter() - begin) | {"seeds": [0]}
     write(Path(args.results) / "trust" / "results.json", about | {"tried": found})
 
 
-def facts(name, about, args, seconds):
+def facts(name, about, jobs, seconds):
     """Where the demo's and the kill test's results come from."""
     command = f"python experiments/reproduce.py {name}"
     found = {"experiment": name, "about": about, "command": command, **machine(torch.device("cpu"))}
-    return found | {"hardware": "CPU, 1 thread", "jobs": args.jobs, "minutes": round(seconds / 60, 1)}
+    return found | {"hardware": "CPU, 1 thread", "jobs": jobs, "minutes": round(seconds / 60, 1)}
 
 
 def write(path, results):

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -628,6 +629,30 @@ def test_a_unit_says_what_it_read_and_one_begun_elsewhere_starts_over(tmp_path, 
         return next(run.rglob("log.jsonl")).stat().st_mtime_ns == before
 
     assert again(("", "")) and not again((torch.__version__, "1.13"))
+
+
+def test_the_demo_says_how_many_ran_at_a_time_and_one_begun_elsewhere_starts_over(tmp_path, monkeypatch):
+    calls, folder = [], tmp_path / "runs" / "demo"
+
+    def ran(command, **_):
+        calls.append(command)
+        if "train.py" in command:
+            (folder / "results.json").write_text('{"seeds": [0]}')
+            (folder / "results.md").write_text("a table")
+
+    monkeypatch.setattr(reproduce.subprocess, "run", ran)
+    monkeypatch.setattr(reproduce, "machine", lambda device: {"commit": "this", "date": "today"})
+    args = mock.Mock(out=str(tmp_path / "runs"), results=str(tmp_path / "results"), jobs=5)
+
+    def again():
+        (folder / "old").touch() if folder.exists() else None
+        reproduce.demo(args)
+        return (folder / "old").exists()
+
+    assert not again() and again()
+    assert json.loads((tmp_path / "results/demo/results.json").read_text())["jobs"] == min(8, os.cpu_count())
+    (folder / "begun.json").write_text("{}")
+    assert not again() and "--resume" in calls[0]
 
 
 def test_a_world_of_another_maker_or_half_made_is_made_anew(tmp_path, monkeypatch):

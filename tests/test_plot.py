@@ -80,6 +80,20 @@ def test_a_mean_s_lengths_and_weights_are_those_of_the_table(on_the_way, tmp_pat
         assert np.allclose(means, factor * sums)
 
 
+@pytest.mark.parametrize(
+    ("setting", "labels"),
+    [
+        ({"balance": True}, {"weight after balancing", "length after balancing"}),
+        ({"holdout": 50}, {"score on held-out rows"}),
+    ],
+)
+def test_what_is_not_the_usual_is_said_on_the_axis(setting, labels, on_the_way):
+    about = json.loads((on_the_way / "settings.json").read_text())
+    about["settings"] |= setting
+    (on_the_way / "settings.json").write_text(json.dumps(about))
+    assert labels <= {axis.get_ylabel() for axis in plot.draw(on_the_way).get_axes()}
+
+
 def test_without_scores_on_the_way_the_end_is_a_point_and_without_projection_there_is_no_third_row(finished, tmp_path):
     out, results = finished
     found = lines_of(axes_of(plot.draw(out))["mnli"])

@@ -92,6 +92,9 @@ def test_tables_pair_by_seed_and_take_each_task_by_itself():
     assert [row[-1] for row in table] == ["seeds", "3", "4"]
     rows["joint"].pop(3)
     table = report.difference_table("less joint", report.less(rows, "joint"), ["sst2", "mrpc"])
+    assert [row[-1] for row in table] == ["seeds", "3", "3"]  # of the sham's four
+    rows["ortho, agree"].pop(3)
+    table = report.difference_table("less joint", report.less(rows, "joint"), ["sst2", "mrpc"])
     assert "seeds" not in table[0]
     mean, low, high = report.interval([20, 18, 22])
     assert table[1][1] == f"+{mean:.1f} [+{low:.1f}, +{high:.1f}]"
@@ -224,11 +227,13 @@ def test_weights_and_what_is_changed():
         return made
 
     rows = {"joint, balanced": {0: of(1.0, 9.0, 0.0)}, "ortho": {0: of(3.0, 0.5, 0.25), 1: of(4.0, 0.7, 0.35)}}
-    rows["ortho, agree"] = {0: of(5.0, 8.0, 0.4)}
+    rows["ortho, agree"] = {seed: of(5.0, 8.0, 0.4) for seed in (0, 1)}
     table, note = report.weight_table(rows, ["sst2", "mrpc"])
     (name, sst2, mrpc, rate, _, changed), _ = table[1:]  # joint's weights are 1
     assert (name, sst2, mrpc, rate, changed) == ("ortho", "3.5 → 1.0", "1.0 → 1.0", "50.0 %", "30 %")
-    assert "`ortho`, first → last fifth: sst2 0.6 → 0.6, mrpc 2 → 2." in note
+    assert "`ortho`, first → last fifth: sst2 0.6 → 0.6, mrpc 2 → 2." in note and "balanced" not in note
+    rows["ortho, balanced"] = {seed: of(1.2, 2.0, 0.2) for seed in (0, 1)}
+    assert "Of balanced gradients, a weight comes on top" in report.weight_table(rows, ["sst2", "mrpc"])[1]
 
 
 def test_the_majority_class_is_that_of_all_worlds():
@@ -291,6 +296,22 @@ def test_a_cell_that_is_half_there_does_not_stop_the_report(script, tmp_path, mo
     text = report.experiment_table(tmp_path / "x")
     assert ("Not there yet: `single`." if "controls" in script else f"{len(there)} of 6 units: not yet.") in text
     assert ("71.0 ± 1.0" in text) == ("controls" in script)
+
+
+def test_a_cell_that_is_half_there_does_not_stop_the_figure(tmp_path, monkeypatch):
+    """Three seeds of one cell, two of the other: the first is drawn."""
+    cells = {name: plan.Cell("", {"joint": "", "ortho": ""}, range(3)) for name in ("one", "other")}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "CONTRASTS", [])
+    monkeypatch.setattr(report, "EXPERIMENTS", {"x": ("", cells)})
+    monkeypatch.setattr(report, "DIFFERENCES", {"x": (("one", "other"), ("", "sst2"))})
+    (tmp_path / "x" / "units").mkdir(parents=True)
+    for cell, row, seed in [(c, r, s) for c in cells for r in ("joint", "ortho") for s in range(3)]:
+        if cell == "one" or seed < 2:
+            made = unit(seed, 70 + seed, 80) | {"cell": cell, "row": row}
+            (tmp_path / "x" / "units" / f"{cell}{row}{seed}.json").write_text(json.dumps(made))
+    _, figure = report.draw({"x": ""})["x"]
+    assert [label.get_text() for label in figure.legends[0].get_texts()] == ["one"]
 
 
 def test_a_cell_without_single_takes_anothers_for_its_gap(tmp_path, monkeypatch):
