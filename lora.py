@@ -109,7 +109,7 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
     number = {path: next((int(n) for n in path.split(".")[:-1] if n.isdecimal()), None) for path in linear}
     names = sorted({path.rpartition(".")[2] for path in linear})
     known = next((family for family in FAMILIES if set(family) <= set(names)), None)
-    targets = known if targets is None else [targets] if isinstance(targets, str) else targets
+    targets = known if targets is None else [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ValueError(f"no targets given, and none known by default; linear layers: {', '.join(names) or 'none'}")
     matched = set()
@@ -118,7 +118,7 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
             raise ValueError(f"target {target!r} matches no linear layer; their names: {', '.join(names) or 'none'}")
         matched.update(paths)
     there = {number[path] for path in matched} - {None}
-    if layers is not None and not (layers and set(layers) <= there):
+    if layers is not None and not set() < (layers := set(layers)) <= there:
         raise ValueError(f"layers {sorted(layers)}: the targets are in layers {sorted(there)}")
     chosen = [path for path in linear if path in matched and (layers is None or number[path] in layers)]
     new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
@@ -134,12 +134,12 @@ def lora_layers(model):
 
 
 def lora_parameters(model):
-    """Every A and B: A1, B1, A2, B2, ..."""
-    return [factor for layer in lora_layers(model).values() for factor in (layer.A, layer.B)]
+    """Every A and B, one that layers share once: A1, B1, A2, B2, ..."""
+    return list(dict.fromkeys(factor for layer in lora_layers(model).values() for factor in (layer.A, layer.B)))
 
 
 def blocks(model, unit="tensor", factors="AB"):
-    """The trainable factors as blocks for `OrthoLoRA`: what is projected as one vector.
+    """The trainable factors, shared ones once, as blocks for `OrthoLoRA`: what is projected as one vector.
 
     unit: "tensor" each A and each B alone; "factor" all A, all B; "all" everything at once (PCGrad).
     factors: "A", "B" or "AB", which are projected at all. Raises ValueError: another unit, other factors.
@@ -148,10 +148,10 @@ def blocks(model, unit="tensor", factors="AB"):
         raise ValueError(f"blocks: unit={unit!r} must be tensor, factor or all, and factors={factors!r} A, B or AB")
     found = [[getattr(layer, name) for layer in lora_layers(model).values()] for name in factors]  # [[A1, ...], ...]
     if unit == "tensor":
-        found = [[p] for layer in zip(*found, strict=True) for p in layer]  # [[A1], [B1], [A2], ...]
+        found = [[p] for p in dict.fromkeys(sum(zip(*found, strict=True), ()))]  # [[A1], [B1], [A2], ...]
     elif unit == "all":
         found = [sum(found, [])]
-    return [trained for block in found if (trained := [p for p in block if p.requires_grad])]
+    return [trained for block in found if (trained := [p for p in dict.fromkeys(block) if p.requires_grad])]
 
 
 @contextlib.contextmanager

@@ -178,15 +178,15 @@ class MaskedB:
 
     def parameters(self):
         """The vectors of active entries, (n,) each; none for a layer without any."""
-        vectors = [layer.parametrizations.B.original for layer in self.layers.values()]
-        return [vector for vector in vectors if vector.numel()]
+        return [v for layer in self.layers.values() if (v := layer.parametrizations.B.original).numel()]
 
     def remove(self):
         """Make every B a plain `nn.Parameter` with its current value, trainable if it was before."""
         for path, layer in self.layers.items():
-            layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # deepcopies share theirs
-            parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
-            layer.B.requires_grad_(self.was_trained[path]).grad = None
+            if parametrize.is_parametrized(layer, "B"):  # not removed before
+                layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # copies share theirs
+                parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
+                layer.B.requires_grad_(self.was_trained[path]).grad = None
 
 
 def trained_scalars(model):
@@ -298,12 +298,12 @@ def delta_cosines(adapters):
     at no angle to anything: 0, with itself too. Ranks may differ.
     """
     check_adapters(adapters)
-    inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64, device="cpu")
     for path in adapters[0]:
         A = torch.cat([scale * A.detach().cpu().double() for A, _, scale in (x[path] for x in adapters)])  # (R, in)
         B = torch.cat([x[path][1].detach().cpu().double() for x in adapters], dim=1)  # (out, R)
-        ranks = torch.tensor([len(x[path][0]) for x in adapters])  # their sum is R
-        owner = torch.eye(len(adapters), dtype=torch.float64).repeat_interleave(ranks, 0)  # (R, T)
+        ranks = torch.tensor([len(x[path][0]) for x in adapters], device="cpu")  # their sum is R
+        owner = torch.eye(len(adapters), dtype=torch.float64, device="cpu").repeat_interleave(ranks, 0)  # (R, T)
         inner += owner.T @ ((B.T @ B) * (A @ A.T)) @ owner
     norms = inner.diagonal().clamp(min=0).sqrt()
     product = norms[:, None] * norms  # (T, T)

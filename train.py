@@ -240,6 +240,8 @@ def build(method, frozen, tasks, seed, s):
     for layer in layers.values():
         layer.A.requires_grad_(method != "head" and not METHODS[method].frozen_A)
         layer.B.requires_grad_(method != "head")
+    if method == "lori-s" and round((1 - s.sparsity) * (N := lori.trained_scalars(model.encoder))) < 1:
+        raise BadInput(f"--sparsity {s.sparsity}: lori-s would train none of the {N:,} entries of B; lower it")
     if s.compile:
         torch._dynamo.config.cache_size_limit = 64  # 8 are too few: mask or none, trained or not, each method
         model.encoder.compile(dynamic=True)
@@ -498,10 +500,9 @@ def load_or_demo(s, given):
             if {"model", "revision", "glue", "tasks"} & given.keys() or agreed(lambda: runs.is_demo(s.out)) is False:
                 raise
             print(f"NOTICE: {e}.\nSo this is the demo; with files of your own, give --model FOLDER --glue FOLDER.\n")
-    for name, value in demo_settings(given, WORLD).items():
-        if value != "auto":  # it stands for what `compare` has found
-            setattr(s, name, value)
+    vars(s).update(demo_settings(given, WORLD))
     check(s)
+    resolve(s)
     toy = agreed(lambda: demo(s))
     s.model, s.glue, s.demo = str(toy / "model"), str(toy / "glue"), True
     return agreed(lambda: load(s), everywhere=True)
@@ -519,28 +520,32 @@ def open_out(s, encoder, tasks, again):
     runs.open_out(Path(s.out), settings, runs.facts(encoder, tasks), about, s.resume, again)
 
 
+def resolve(s):
+    """Put in the place of --dtype auto and --per-task auto what they stand for on this device."""
+    device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
+    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast_in_bf16(device) else "fp32"
+    s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
+
+
 def compare(s, given, argv, workers):
     """Run every unit that is not finished, in the workers with --jobs, and print the table."""
     if s.out:  # before anything is loaded
         agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
-    device = agreed(lambda: find_device(s.device, LOCAL_RANK), everywhere=True)
-    s.dtype = s.dtype if s.dtype != "auto" else "bf16" if fast_in_bf16(device) else "fp32"
-    s.per_task = s.per_task if s.per_task != "auto" else "stacked" if device.type == "cuda" else "loop"
+    resolve(s)
     workers.start(s.jobs)  # so that they import while this loads
     encoder, frozen, tasks = load_or_demo(s, given)
     workers.start(s.jobs)  # the demo has more
     if s.jobs > 1 or s.demo:  # so that the number of cores changes no digit
         torch.set_num_threads(1)
     s.out = s.out or agreed(lambda: runs.new_out("demo" if s.demo else Path(s.model).name))
-    build("joint", frozen, tasks, 0, s)  # unfit targets show here
-    agreed(lambda: open_out(s, encoder, tasks, runs.again(argv, s.out, s.demo)))
     methods = {name: METHODS[name] for name in METHODS if name in listed(s.methods, "methods")}
+    build("lori-s" if "lori-s" in methods else "joint", frozen, tasks, 0, s)  # unfit targets or sparsities show here
+    agreed(lambda: open_out(s, encoder, tasks, runs.again(argv, s.out, s.demo)))
     units = runs.units(Path(s.out), methods, listed(s.seeds, "seeds", int), [data.name for data in tasks])
     todo = agreed(lambda: runs.unfinished(units))
     print(f"examples to train on: {', '.join(f'{data.name} {len(data.train):,}' for data in tasks)}")
     print(f"{len(todo)} of {len(units)} trainings to do, {s.jobs} at a time, {s.steps} steps, into {s.out}", flush=True)
-    total = sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged)
-    with runs.Bar(total, RANK > 0 or not todo) as bar:
+    with runs.Bar(sum(s.steps * len(unit.tasks) for unit in todo if not unit.merged), RANK > 0 or not todo) as bar:
         failed = workers.do(todo, (encoder, frozen, tasks, s), bar)
     if not RANK:
         print(f"\n{table.write(s.out)}\nall of it is in {s.out}; to draw it: python experiments/plot.py {s.out}")

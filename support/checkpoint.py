@@ -63,11 +63,10 @@ def as_bad_input(what):
 
 
 @contextlib.contextmanager
-def atomic_write(path, move=os.replace):
+def atomic_write(path):
     """Yield a temporary path beside `path`; when the block ends well, it replaces `path` in one step.
 
-    Whatever goes wrong, `path` stays as it was and the temporary file goes. move: os.link instead, to raise
-    FileExistsError where there is a `path` already.
+    Whatever goes wrong, `path` stays as it was and the temporary file goes.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -75,7 +74,7 @@ def atomic_write(path, move=os.replace):
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        move(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

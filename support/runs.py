@@ -38,7 +38,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
-from support.checkpoint import BadInput, atomic_write, load_state, read_json, save_state, weights_checksum, write_text
+from support.checkpoint import BadInput, load_state, read_json, save_state, weights_checksum, write_text
 
 # Set by torchrun: which process this is, out of how many, and which of its machine's.
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -217,13 +217,14 @@ def locked(folder, wait=False):
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
         for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # in OUT, only its own: units have locks
             if re.search(r"\.\d+\.tmp$", path.name):  # as atomic_write has it
                 path.unlink(missing_ok=True)
         yield
-    except BlockingIOError:
-        raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
     finally:
         os.close(handle)
 
@@ -265,8 +266,8 @@ def open_out(out, settings, facts, about, resume, again):
     try:
         with locked(out, wait=True):
             refuse_taken(out, resume, again)
-            with contextlib.suppress(FileExistsError), atomic_write(path, os.link) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            if not path.exists():
+                write_text(path, text + "\n")
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     known, bound = read_json(path), settings | facts

@@ -99,15 +99,6 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     assert synced == [(str(temporary), False)] and (tmp_path / "x").read_text() == "new"
 
 
-def test_a_file_that_is_there_can_be_left_alone(tmp_path):
-    write_text(tmp_path / "x", "first")
-    with pytest.raises(FileExistsError), atomic_write(tmp_path / "x", move=os.link) as temporary:
-        temporary.write_text("second")
-    with atomic_write(tmp_path / "y", move=os.link) as temporary:
-        temporary.write_text("first")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"x": "first", "y": "first"}
-
-
 def test_read_json(tmp_path):
     path = tmp_path / "config.json"
     assert "has no config.json" in refused(read_json, path, naming=tmp_path)

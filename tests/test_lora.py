@@ -436,6 +436,23 @@ def test_per_task_where_layers_share_a_factor():
     torch.testing.assert_close(grads[layers["0"].A].grad.sum(0), expected)
 
 
+def test_a_factor_that_layers_share_is_listed_once():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    one, two = add_lora(module, "all-linear", r=2).values()
+    two.A = one.A
+    assert same([lora_parameters(module)], [[one.A, one.B, two.B]])
+    assert same(blocks(module), [[one.A], [one.B], [two.B]])
+    assert same(blocks(module, "factor"), [[one.A], [one.B, two.B]])
+    assert same(blocks(module, "all"), [[one.A, one.B, two.B]])
+
+
+def test_targets_and_layers_can_be_iterators():
+    found = add_lora(llama(), (name for name in ("q_proj", "v_proj")), layers=map(int, "1"))
+    assert len(found) == 2 and all(".1." in path for path in found)
+    with pytest.raises(ValueError, match="layers \\[\\]"):
+        add_lora(llama(), layers=iter(()))
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)

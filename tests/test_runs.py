@@ -320,6 +320,11 @@ def test_one_of_many_makes_the_folder(tmp_path, resume, words):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
 
 
+def test_what_blocks_inside_is_not_the_lock(tmp_path):
+    with pytest.raises(BlockingIOError, match="a full pipe"), runs.locked(tmp_path):
+        raise BlockingIOError("a full pipe")
+
+
 def test_methods_that_are_newer_than_the_folder_are_added(tmp_path):
     for resume, methods in ((False, {"joint": 1}), (True, {"ortho": 2, "joint": 3})):
         runs.open_out(tmp_path, {"lr": 1}, {}, {"methods": methods}, resume, "python train.py")

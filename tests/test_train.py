@@ -695,6 +695,7 @@ def test_lori_trains_no_A(run, tmp_path):
         ("--optimizer magic", "--optimizer 'magic' is none of adamw, sgd"),
         ("--sparsity 1", "--sparsity 1.0 is outside"),
         ("--sparsity -0.1", "--sparsity -0.1 is outside"),
+        ("--methods lori-d,lori-s --sparsity 0.9999", "--sparsity 0.9999: lori-s would train none of the"),
         ("--methods lori-s", "lori-s is made from lori-d"),
         ("--methods lora-merged", "lora-merged is made from single"),
         ("--tasks sst2 --methods single,lora-merged", "nothing to merge"),
@@ -877,6 +878,25 @@ def test_bare_command_falls_back_to_the_demo(tmp_path):
     results = results_of(tmp_path / "runs" / made)
     assert results["demo"] is True and results["settings"]["lr"] == toy.DEMO["lr"]
     assert results["settings"]["dtype"] == "fp32"  # auto was resolved, or the folder would bind the word
+
+
+def test_auto_is_what_it_is_on_the_demo_s_device(monkeypatch, tmp_path):
+    """As if there were a GPU and no Hub: bf16 and one pass for all there, on the CPU that the demo runs on neither."""
+    made, s = iter([HubError("no Hub"), "the demo's"]), train.Settings(dtype="auto", per_task="auto")
+
+    def load(_):
+        if isinstance(found := next(made), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(train, "load", load)
+    monkeypatch.setattr(train, "demo", lambda s: tmp_path)
+    monkeypatch.setattr(train, "find_device", lambda name, rank: torch.device("cuda" if name == "auto" else name))
+    monkeypatch.setattr(train, "fast_in_bf16", lambda device: device.type == "cuda")
+    train.resolve(s)
+    assert (s.dtype, s.per_task) == ("bf16", "stacked")
+    assert train.load_or_demo(s, {"dtype": "auto", "per_task": "auto"}) == "the demo's"
+    assert (s.device, s.dtype, s.per_task) == ("cpu", "fp32", "loop")
 
 
 def test_the_demo_fits_what_is_asked_of_it():
