@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import lori  # noqa: E402
 import train  # noqa: E402
-from evaluate import fast_in_bf16, find_device, scores_in_training  # noqa: E402
+from evaluate import scores_in_training  # noqa: E402
 from support import runs, table  # noqa: E402
 from support.checkpoint import BadInput, read_json, save_adapter, weights_checksum, write_safetensors, write_text  # noqa: E402
 from support.toy import demo, demo_settings  # noqa: E402
@@ -160,8 +160,8 @@ def report(out):
 def compare(s, again):
     """Run every unit that is not finished, and print the table."""
     runs.refuse_taken(Path(s.out), s.resume, again)
-    fast = fast_in_bf16(find_device(s.device))
-    s.dtype, s.per_task = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32", "loop"
+    train.resolve(s)
+    s.per_task = "loop"
     if s.demo:
         toy = demo(s)
         s.model, s.glue = str(toy / "model"), str(toy / "glue")

@@ -11,9 +11,8 @@ independent (nearly, for a task with fewer rows than 512 batches take, which is 
     c_ij = sum_{g != h} <x_gi, x_hj> / G (G - 1)      cos_ij = c_ij / sqrt(c_ii c_jj)      SNR_i = c_ii / E |g_i|^2
 
 g_i being the gradient of one batch, of which SNR is the signal's share (McCandlish et al. 2018, arXiv 1812.06162).
-Errors are the jackknife's over the groups. This is done for all A, for all B, for both, and for the change of the
-weights, dW = B dA + dB A, times scale. OUT/results.json has it, beside the share of pairs that conflict batch by batch,
-per factor, as Ortho-LoRA sees it.
+Errors are the jackknife's over the groups. This is done for all A, for all B and for both. OUT/results.json has it,
+beside the share of pairs that conflict batch by batch, per factor, as Ortho-LoRA sees it.
 """
 
 import json
@@ -70,16 +69,15 @@ def numbers(x):
     return [numbers(y) for y in x] if x.ndim else None if x.isnan() else round(x.item(), 6)
 
 
-def described(gram, squares=None):
-    """{"cosine", "error", "signal", "snr", "snr error"} of one space, and its cosines, (T, T) and (G, T, T).
+def described(gram, squares):
+    """{"cosine", "error", "signal", "snr"} of one space, and its cosines, (T, T) and (G, T, T).
 
-    gram: (G, T, G, T). signal: c_ii over its own error. squares: (T,), E |g_i|^2 of one batch; without, no SNR.
+    gram: (G, T, G, T). signal: c_ii over its own error. squares: (T,), E |g_i|^2 of one batch.
     """
     c, without = unbiased(gram)
     own, others = c.diagonal(), without.diagonal(dim1=1, dim2=2)  # (T,), (G, T)
     found = {"cosine": cosines(c), "error": jackknife(cosines(without)), "signal": own / jackknife(others)}
-    if squares is not None:
-        found |= {"snr": own / squares, "snr error": jackknife(others / squares)}
+    found["snr"] = own / squares
     return {name: numbers(x) for name, x in found.items()}, cosines(c), cosines(without)
 
 
@@ -87,17 +85,11 @@ def described(gram, squares=None):
 # One point of the training
 
 
-def change_of_weights(layer, grad_A, grad_B):
-    """Along gradients (n, r, in) and (n, out, r): the change of every entry of the weight, (n, out · in)."""
-    return (layer.scale * (layer.B.detach() @ grad_A + grad_B @ layer.A.detach())).flatten(1)
-
-
 def measure(model, tasks, stream, bar):
     """What the docstring says, at the model as it stands. Its parameters and their gradients are left alone."""
-    T, layers = len(tasks), list(lora.lora_layers(model.encoder).values())
+    T, factors = len(tasks), lora.lora_parameters(model.encoder)  # A1, B1, A2, ...
     ortho = OrthoLoRA(lora.blocks(model.encoder), T)
     nobody = torch.empty(T, 0, dtype=torch.long)
-    factors = [p for layer in layers for p in (layer.A, layer.B)]
     means = [torch.zeros(GROUPS, T, *p.shape) for p in factors]
     squares, rate = torch.zeros(2, T, dtype=torch.float64), []  # of all A, of all B
     for g in range(GROUPS):
@@ -114,17 +106,14 @@ def measure(model, tasks, stream, bar):
                 ortho.collect(t)
                 bar.update()
             rate.append(ortho.project(nobody).rate.item())
-    A, B, change = torch.zeros(3, GROUPS * T, GROUPS * T, dtype=torch.float64)
-    for layer, grad_A, grad_B in zip(layers, means[::2], means[1::2], strict=True):
-        grad_A, grad_B = grad_A.flatten(0, 1), grad_B.flatten(0, 1)  # (G · T, …)
-        A += gram_matrix(grad_A.flatten(1)[None])[0]
-        B += gram_matrix(grad_B.flatten(1)[None])[0]
-        change += gram_matrix(change_of_weights(layer, grad_A, grad_B)[None])[0]
-    spaces = {"A": (A, squares[0]), "B": (B, squares[1]), "A and B": (A + B, squares.sum(0)), "weights": (change,)}
-    result = {"rate": sum(rate) / len(rate), "norms": numbers(squares.sum(0).sqrt())}
-    kept = {}
-    for name, (gram, *of_one) in spaces.items():
-        result[name], *kept[name] = described(gram.view(GROUPS, T, GROUPS, T), *of_one)
+    A, B = torch.zeros(2, GROUPS * T, GROUPS * T, dtype=torch.float64)
+    for gram, of_one in ((A, means[::2]), (B, means[1::2])):
+        for x in of_one:
+            gram += gram_matrix(x.view(1, GROUPS * T, -1))[0]
+    spaces = {"A": (A, squares[0]), "B": (B, squares[1]), "A and B": (A + B, squares.sum(0))}
+    result, kept = {"rate": sum(rate) / len(rate)}, {}
+    for name, (gram, of_one) in spaces.items():
+        result[name], *kept[name] = described(gram.view(GROUPS, T, GROUPS, T), of_one)
     less, errors = (a - b for a, b in zip(kept["A"], kept["B"], strict=True))
     result["A less B"] = {"cosine": numbers(less), "error": numbers(jackknife(errors))}
     for p in model.parameters():

@@ -53,3 +53,13 @@ def finished_lori(demo, tmp_path_factory):
     methods = "single,joint,lori-ortho,lori-d,lori-s,lora-merged,lori-d-merged,lori-s-merged"
     flags = f"--tasks sst2,mnli --methods {methods} --steps 6 --own-a"
     return trained(demo, tmp_path_factory.mktemp("lori"), flags)
+
+
+def write_rows(folder, rows, split="train"):
+    """A task of one's own: rows as JSON lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def results_of(out):
+    return json.loads((out / "results.json").read_text())

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -22,11 +23,6 @@ def rows_of(text):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert cells[0] == ["adapter", "task", "split", "metrics", "score"]
     return {tuple(row[:3]): tuple(row[3:]) for row in cells[1:]}
-
-
-def write_rows(folder, rows, split):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
 def refused(arguments, capsys):

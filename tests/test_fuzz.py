@@ -264,7 +264,7 @@ def test_tokenizers(what, files):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# An index that leads elsewhere, and pickles; those with code inside are in test_checkpoint.py
+# An index that leads elsewhere, and pickles
 
 
 def index(folder, *files):
@@ -347,8 +347,10 @@ def test_a_pickle_with_code_beside_a_whole_model(files):
         assert not sprung.exists()
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
         load_encoder(folder)
-    torch.save(Trap(sprung), folder / "x.bin")
-    torch.load(folder / "x.bin", weights_only=False)
+    torch.save(Trap(sprung), folder / "pytorch_model.bin")
+    refused(load_encoder, folder, naming=folder / "pytorch_model.bin")
+    assert not sprung.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert sprung.exists()  # so it would have
 
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny import one_line
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import glue
@@ -31,12 +32,6 @@ def no_warnings_of_ours():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", module="glue")
         yield
-
-
-def one_line(error):
-    message = str(error.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,8 +718,8 @@ def test_the_batches_of_a_step():
             ids, mask, types = glue.inputs([data.train[i] for i in rows], 9999, torch.device("cpu"))
             assert torch.equal(batch.ids, ids) and torch.equal(batch.types, types)
             assert batch.mask is None if mask is None else torch.equal(batch.mask, mask)
-    _, stacked = steps("stacked")
-    assert all(len(step) == 1 and step[0].tasks == step[0].tasks and step[0].sizes == [4, 4] for step in stacked)
+    tasks, stacked = steps("stacked")
+    assert all(len(step) == 1 and step[0].tasks == tasks and step[0].sizes == [4, 4] for step in stacked)
     for (both,), each in zip(stacked, loop, strict=True):
         assert rows_in(both) == [found for batch in each for found in rows_in(batch)]
     for a, b in zip(steps("loop", start=5)[1], loop[5:], strict=False):

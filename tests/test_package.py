@@ -31,7 +31,7 @@ def built(tmp_path_factory):
     if int(version.split(".")[0]) < 77:
         pytest.skip(f"building needs setuptools 77 or newer, {version} is installed")
     folder = tmp_path_factory.mktemp("built")
-    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "runs", "demo-data", "results")
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "runs", "results")
     shutil.copytree(ROOT, folder / "source", ignore=ignored)  # building leaves folders behind
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     run("-c", code, folder, cwd=folder / "source")

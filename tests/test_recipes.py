@@ -418,34 +418,6 @@ def test_ortho_made_too_early(change):
         ortho.collect(0)
 
 
-def test_gradients_that_collect_does_not_see():
-    world = World()
-    lora.add_lora(world.encoder)
-    ortho = ortholora.OrthoLoRA(lora.blocks(world.encoder), num_tasks=T)
-    losses = [world.loss(world.model, t, batch) for t, batch in enumerate(world.steps[0])]
-    torch.autograd.grad(losses[0], lora.lora_parameters(world.encoder), retain_graph=True)
-    with pytest.raises(RuntimeError, match="collect right after each task's backward"):
-        ortho.collect(0)
-    sum(losses).backward()  # every backward first, then every collect
-    ortho.collect(0)
-    with pytest.raises(RuntimeError, match="collect right after each task's backward"):
-        ortho.collect(1)
-
-
-def test_project_after_every_micro_batch():
-    """As with gradient_accumulation_steps=2, where neither the optimizer nor zero_grad runs in between."""
-    world = World()
-    lora.add_lora(world.encoder)
-    ortho = ortholora.OrthoLoRA(lora.blocks(world.encoder), num_tasks=1)
-    for batches in world.steps[:2]:
-        world.loss(world.model, 0, batches[0]).backward()
-        if batches is world.steps[0]:
-            ortho.collect(0)
-            ortho.project()
-    with pytest.raises(RuntimeError, match="when accumulating, project once, after the last micro-batch"):
-        ortho.collect(0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # torch.distributed and the Trainer: one process here, two in `two_processes`
 

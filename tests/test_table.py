@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import results_of
+from scipy import stats
 from sklearn.metrics import accuracy_score
 
 from glue import load_task
@@ -118,10 +120,6 @@ def by_hand(tmp_path):
             else:
                 write_unit(folder, {"a": a, "b": b}, {"joint": 0.06, "ortho": 0.12}.get(method, 0.0), **more)
     return out
-
-
-def results_of(out):
-    return json.loads((out / "results.json").read_text())
 
 
 def test_results_by_hand(by_hand):
@@ -245,13 +243,11 @@ def test_gap_recovered_by_hand():
 
 
 def test_t_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
     assert list(table.T975) == [round(float(stats.t.ppf(0.975, n - 1)), 3) for n in range(3, 11)]
 
 
 def test_a_gap_is_clear_where_scipy_says_so():
     """For 3 to 10 seeds: where the lower end of the paired 95 % interval is above 0."""
-    stats = pytest.importorskip("scipy.stats")
     draw = np.random.default_rng(0)
     told = {True: 0, False: 0}
     for n in (3, 4, 7, 10) * 50:
