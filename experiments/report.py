@@ -31,7 +31,6 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from plan import ACROSS, CONTRASTS, EXPERIMENTS  # noqa: E402
-
 from support.table import markdown, mean_and_spread  # noqa: E402
 from train import METHODS  # noqa: E402
 

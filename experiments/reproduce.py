@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 from bench import installed, machine  # noqa: E402
 from bf16 import slow_in_bf16  # noqa: E402
 from plan import EXPERIMENTS  # noqa: E402
-
 from support.toy import demo_settings  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"

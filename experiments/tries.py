@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import controls  # noqa: E402
-
 import train  # noqa: E402
 from support.checkpoint import BadInput  # noqa: E402
 

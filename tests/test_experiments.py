@@ -14,28 +14,24 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import bench  # noqa: E402
-import bf16  # noqa: E402
-import continual  # noqa: E402
-import controls  # noqa: E402
-import flipped  # noqa: E402
-import merging  # noqa: E402
-import plan  # noqa: E402
-import premise  # noqa: E402
-import reproduce  # noqa: E402
-import tries  # noqa: E402
-
-import evaluate  # noqa: E402
-import lori  # noqa: E402
-import ortholora  # noqa: E402
-import train  # noqa: E402
-from glue import inputs, score  # noqa: E402
-from support import table  # noqa: E402
-from support.checkpoint import read_safetensors  # noqa: E402
-from support.toy import make_demo, write_glue  # noqa: E402
+import bench
+import bf16
+import continual
+import controls
+import evaluate
+import flipped
+import lori
+import merging
+import ortholora
+import plan
+import premise
+import reproduce
+import train
+import tries
+from glue import inputs, score
+from support import table
+from support.checkpoint import read_safetensors
+from support.toy import make_demo, write_glue
 
 TASKS = ("sst2", "mrpc", "stsb")
 

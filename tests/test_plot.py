@@ -2,20 +2,14 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import trained
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-
-import plot  # noqa: E402
-from conftest import trained  # noqa: E402
-
-import glue  # noqa: E402
-import train  # noqa: E402
+import glue
+import plot
+import train
 
 
 def axes_of(figure):

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+import plan
+import report
+import reproduce
 
-import plan  # noqa: E402
-import report  # noqa: E402
-import reproduce  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 GENERATOR = np.random.default_rng(0)
 
