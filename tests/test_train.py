@@ -396,12 +396,14 @@ def assert_same_run(one, other, methods):
 SGD = "--tasks sst2,mnli,stsb --steps 5 --optimizer sgd --lr 0.05 --warmup 0"  # Adam would blow rounding up
 
 
-def test_stacked_is_the_loop(run, tmp_path):
+@pytest.mark.parametrize(
+    "flags", ["--task-weights 1,2,3", "--task-weights 1,1,2 --factors B --combine mean", "--balance"]
+)
+def test_stacked_is_the_loop(run, tmp_path, flags):
     # Without dropout the two must agree.
     methods = ["single", "joint", "ortho", "lori-ortho"]
-    flags = f"{SGD} --methods {','.join(methods)} --task-weights 1,1,2 --factors B --combine mean"
     for how in ("loop", "stacked"):
-        assert run(f"{flags} --per-task {how}", out=tmp_path / how)[0] == 0
+        assert run(f"{SGD} --methods {','.join(methods)} --per-task {how} {flags}", out=tmp_path / how)[0] == 0
         assert results_of(tmp_path / how)["settings"]["per_task"] == how
     assert_same_run(tmp_path / "loop", tmp_path / "stacked", methods)
 
