@@ -712,7 +712,7 @@ def cost():
     peaks = {r["mode"]: r["peak_bytes"] for r in bench["memory"]["results"] if "mode" in r}
     TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)  # stands from step to step
     loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
-    stacked = (peaks["ortho, stacked"] + TP) / peaks["joint, one mixed batch"]
+    stacked = peaks["ortho, stacked"] - peaks["joint, one mixed batch"] + TP
     plain, sorted_ = sorted(bench["padding"]["results"], key=lambda r: r["window"])
     head = ["what", "measured", "where"]
     first = [
@@ -721,7 +721,7 @@ def cost():
         ["a step of `ortho` against the faster joint step", "; ".join(steps), where],
         [
             "peak memory of `ortho` beyond joint",
-            f"loop {loop / TP:.2f} × 4·T·P bytes; stacked {stacked:.3f} × a mixed batch",
+            f"loop {loop / TP:.2f} × 4·T·P bytes; stacked {stacked / TP:.2f} ×, over a mixed batch's",
             link["memory"],
         ],
     ]

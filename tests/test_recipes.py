@@ -343,6 +343,7 @@ def test_resuming(monkeypatch, tmp_path):
     assert right(watched, count=6)
     first, _ = run(0, steps[:3], tmp_path / "parts.pt")
     second, resumed = run(1, steps[3:], tmp_path / "parts.pt")  # another start, but all is in the file
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.pt", "parts.pt"}
     assert [step.order for step in first + second] == [step.order for step in watched]
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
@@ -382,6 +383,10 @@ def test_lori(monkeypatch):
     for path, (A, B, scale) in both.items():
         expected = sum(0.5 * s * b.double() @ a.double() for a, b, s in (found[path] for found in learned))
         assert (scale * B.double() @ A.double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+        now = world.encoder.get_submodule(path).delta().detach()
+        assert (now - expected).abs().max() <= 1e-6 * expected.abs().max()
+    deltas = [torch.cat([(s * b.double() @ a.double()).flatten() for a, b, s in x.values()]) for x in learned]
+    assert (world.names["cosine"] - torch.cosine_similarity(*deltas, dim=0)).abs() <= 1e-9
     kept = dict(world.encoder.named_parameters())
     assert all(torch.equal(kept[name], p) for name, p in frozen.items())
 
