@@ -97,7 +97,7 @@ def adapters_in(folder):
     """The adapter folders in `folder`, or itself. Raises BadInput where there is none."""
     found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
     if (folder / "adapter_config.json").exists():
-        return [folder]
+        return [folder.absolute()]  # "." has no name
     if not found:
         raise BadInput(f"{folder}: no adapter_config.json there, nor in a folder inside it; give OUT/METHOD/seedN")
     return found
@@ -214,6 +214,9 @@ def main(argv=None):
     except (BadInput, OSError, FloatingPointError) as e:  # the user's; or a full disk, a folder taken away
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as e:  # of a GPU
+        print(f"evaluate.py: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("evaluate.py: interrupted", file=sys.stderr)
         return 130

@@ -82,13 +82,13 @@ def linear(x, W, sizes=None):
 FAMILIES = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"))  # BERT and RoBERTa; DistilBERT; Llama and kin
 
 
-def matching(module, linear, target):
-    """The paths in `linear` that `target` names, as in peft: a whole path, its end after a dot, or all-linear."""
+def matching(module, plain, target):
+    """The paths in `plain` that `target` names, as in peft: a whole path, its end after a dot, or all-linear."""
     if target != "all-linear":
-        return [path for path in linear if path == target or path.endswith("." + target)]
+        return [path for path in plain if path == target or path.endswith("." + target)]
     output = getattr(module, "get_output_embeddings", lambda: None)()
     heads = () if isinstance(output, nn.Module) else ("classifier", "score", "qa_outputs")
-    return [path for path, m in linear.items() if m is not output and path.split(".")[0] not in heads]
+    return [path for path, m in plain.items() if m is not output and path.split(".")[0] not in heads]
 
 
 def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslora=False):
@@ -105,23 +105,23 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
         raise ValueError("the module has LoRA layers already")
     # nn.MultiheadAttention reads its out_proj's weight and never calls it: a LoRALinear has none
     bypassed = nn.modules.linear.NonDynamicallyQuantizableLinear
-    linear = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, bypassed)}
-    number = {path: next((int(n) for n in path.split(".")[:-1] if n.isdecimal()), None) for path in linear}
-    names = sorted({path.rpartition(".")[2] for path in linear})
+    plain = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, bypassed)}
+    number = {path: next((int(n) for n in path.split(".")[:-1] if n.isdecimal()), None) for path in plain}
+    names = sorted({path.rpartition(".")[2] for path in plain})
     known = next((family for family in FAMILIES if set(family) <= set(names)), None)
     targets = known if targets is None else [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ValueError(f"no targets given, and none known by default; linear layers: {', '.join(names) or 'none'}")
     matched = set()
     for target in targets:
-        if not (paths := matching(module, linear, target)):
+        if not (paths := matching(module, plain, target)):
             raise ValueError(f"target {target!r} matches no linear layer; their names: {', '.join(names) or 'none'}")
         matched.update(paths)
     there = {number[path] for path in matched} - {None}
     if layers is not None and not set() < (layers := set(layers)) <= there:
         raise ValueError(f"layers {sorted(layers)}: the targets are in layers {sorted(there)}")
-    chosen = [path for path in linear if path in matched and (layers is None or number[path] in layers)]
-    new = {path: LoRALinear(linear[path], r, alpha, dropout, rslora) for path in chosen}
+    chosen = [path for path in plain if path in matched and (layers is None or number[path] in layers)]
+    new = {path: LoRALinear(plain[path], r, alpha, dropout, rslora) for path in chosen}
     module.requires_grad_(False)
     for path, layer in new.items():
         module.set_submodule(path, layer)

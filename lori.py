@@ -5,10 +5,10 @@ B only its largest tenth. Adapters whose A are drawn independently are nearly or
 adapters on one A with sparse masks can be trained one after the other.
 
     freeze_A(model, seed=task_seed)                     LoRI-D: only B trains; the usual loop
-    masks = magnitude_masks(model, sparsity=0.9)        its largest entries; then start over, same A, B = 0:
-    masked = MaskedB(model, masks)                      LoRI-S
+    masks = magnitude_masks(model, sparsity=0.9)        its largest entries; then LoRI-S starts over on the same A:
+    for layer in lora_layers(model).values(): torch.nn.init.zeros_(layer.B)
+    masked = MaskedB(model, masks)
     optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)
-    ...
     merged = merge([adapter(a), adapter(b)])            what two models learned, as one adapter
 
 Works on any module with `LoRALinear` layers. Masks are {path: bool (out, r)}, adapters {path: (A, B, scale)}: plain
@@ -163,14 +163,15 @@ class MaskedB:
     what is active starts from its own. `lora.blocks` and `lora_parameters` would give the computed B, which can't be
     trained: for `OrthoLoRA` each of `parameters()` is a block. State dicts hold the vectors
     (`...parametrizations.B.original`), fixed parts and indices.
-    Raises ValueError: masks of another model; a model that is masked already.
+    Raises ValueError: masks of another model; a model that is masked already; layers that share a B.
     """
 
     def __init__(self, model, masks):
         check_masks(model, masks)
         self.layers = lora_layers(model)
-        if any(parametrize.is_parametrized(layer, "B") for layer in self.layers.values()):
-            raise ValueError("MaskedB: the model is masked already; remove() that first")
+        found = self.layers.values()
+        if any(parametrize.is_parametrized(layer, "B") for layer in found) or len({x.B for x in found}) < len(found):
+            raise ValueError("MaskedB: the model is masked already, remove() that first; or layers share a B")
         self.was_trained = {path: layer.B.requires_grad for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
             layer.B.requires_grad_(bool(masks[path].any())).grad = None  # its gradient has the old shape
@@ -191,8 +192,7 @@ class MaskedB:
 
 def trained_scalars(model):
     """How many distinct numbers of the LoRA layers are trained, as they stand: all A and B for LoRA, all B after
-    `freeze_A`, the active entries of B under `MaskedB`. Sum r (in + out), N = sum r out, round((1 - sparsity) N).
-    """
+    `freeze_A`, the active entries of B under `MaskedB`: Sum r (in + out), N = sum r out, round((1 - sparsity) N)."""
     parameters = {id(p): p for layer in layers_of(model).values() for p in layer.parameters()}
     return sum(p.numel() for p in parameters.values() if p.requires_grad)
 

@@ -251,8 +251,8 @@ class Head(nn.Module):
                 nn.init.normal_(m.weight, std=c.initializer_range)
                 nn.init.zeros_(m.bias)
 
-    def forward(self, x):  # (batch, width) -> (batch, outputs)
-        drop = partial(F.dropout, p=self.dropout, training=self.training)
+    def forward(self, x):  # (batch, width) -> (batch, outputs); of an encoder in bf16 as well
+        x, drop = x.to(self.out.weight.dtype), partial(F.dropout, p=self.dropout, training=self.training)
         if self.dense_path:
             x = drop(x) if self.dense_path == "classifier.dense" else x
             x = self.get_submodule(self.dense_path)(x)

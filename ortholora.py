@@ -1,6 +1,6 @@
 """Ortho-LoRA: take each task's gradient, find the conflicting pairs, project them off one another.
 
-For every block of parameters (by default every LoRA factor, each A and each B, is a block of its own) and task i:
+For every block of parameters (in Ortho-LoRA every LoRA factor, each A and each B, is one of its own) and task i:
 
     v_i = g_i;   for each other task j, in random order:   if <v_i, g_j> < 0:   v_i -= <v_i, g_j> / |g_j|^2 g_j
 
@@ -41,19 +41,19 @@ def projection_coefficients(gram, order):
     """
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
     squares = gram.diagonal(dim1=1, dim2=2)[:, None]  # (blocks, 1, T): |g_j|^2
-    c_g = -gram / torch.where(squares > 0, squares, torch.inf)  # (blocks, T, T): -<g_i, g_j> / |g_j|^2, or 0
-    c_v = c_g.clone()  # the same for v_i, which begins as g_i
+    c_g = -gram / torch.where(squares > 0, squares, torch.inf)  # (blocks, T, T): g_i + c_ij g_j is orthogonal to g_j
+    c_v = c_g.clone()  # the same of v_i, which begins as g_i
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     for j in torch.as_tensor(order, dtype=torch.long, device=gram.device).unbind(1):  # (T,): whom each i meets now
         place = j.expand(len(gram), -1)[..., None]  # (blocks, T, 1)
         c = c_v.gather(2, place).clamp_(min=0)
-        C.scatter_(2, place, c)  # v_i += c g_j
-        c_v.addcmul_(c, c_g[:, j])
+        C.scatter_(2, place, c)  # v_i += c g_j: i meets j once, so C_ij was 0
+        c_v.addcmul_(c, c_g[:, j])  # c_v is linear in v_i, and of g_j it is c_g's row j
     return C
 
 
 def sequential_coefficients(gram, order):
-    """C, in gram's dtype, where v_i meets v_j, not g_j. A v_j that is but rounding error beside g_j counts as zero."""
+    """C in gram's dtype, where v_i meets v_j, not g_j, task by task. A v_j that is rounding error counts as zero."""
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     noise = 100 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2)  # (blocks, T)
     for i, others in enumerate(torch.as_tensor(order).tolist()):
@@ -96,7 +96,7 @@ class Conflicts:
     cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
     removed   (blocks, T)     |g_i - v_i| / |g_i|, how far projection moved it, at most 1 for T = 2; 0 if g_i is 0
-    finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); else 0 above
+    finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); false: 0 above
     weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
                               projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
     effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
@@ -204,7 +204,7 @@ class OrthoLoRA:
         self.made = [(tuple(p.shape), p.dtype) for p in self.parameters]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
-        self.places = torch.tensor(layout, device=self.rows.device).argsort()  # of the caller's blocks in rows
+        self.places = torch.tensor(layout, device=self.rows.device).argsort()  # [b]: where rows have the caller's b
 
     def __setstate__(self, state):
         vars(self).update(state, rows=state["rows"].clone())  # torch.multiprocessing would share the sender's memory
@@ -266,7 +266,7 @@ class OrthoLoRA:
         if not pairs:
             raise RuntimeError(
                 "OrthoLoRA: no parameter in blocks has a .grad; collect right after each task's backward() (stacked: "
-                "inside `with per_task`), and make OrthoLoRA of the parameters that the model has now"
+                "it runs inside `with per_task`), and make OrthoLoRA of the parameters that the model has now"
             )
         torch._foreach_add_(*zip(*pairs, strict=True), alpha=float(self.weights[task]))
 

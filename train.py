@@ -178,7 +178,7 @@ def check(s):
         if f.type in (int, float) and not low <= value <= high:  # NaN is not
             raise BadInput(f"{flag} {value} is outside {low:,} to {high:,}")
         if choices and value not in choices:
-            raise BadInput(f"{flag} {value!r} is none of {', '.join(filter(None, choices))}")
+            raise BadInput(f"{flag} {value!r} is none of {', '.join(choices)}")
     tasks, methods = listed(s.tasks, "tasks", known=TRAINED), listed(s.methods, "methods", known=METHODS)
     listed(s.seeds, "seeds", int)
     if s.task_weights and len(listed(s.task_weights, "task-weights", float)) != len(tasks):
@@ -251,7 +251,7 @@ def build(method, frozen, tasks, seed, s):
 def task_losses(model, batch):
     """One loss for each task in the batch, in float32: cross-entropy, or squared error over the labels' variance."""
     hidden = model.encoder(batch.ids, batch.mask, batch.types, tokens=1)  # (sequences, 1, width)
-    losses, parts = [], model.encoder.summary(hidden).float().split(batch.sizes)
+    losses, parts = [], model.encoder.summary(hidden).split(batch.sizes)
     for data, x, labels in zip(batch.tasks, parts, batch.labels, strict=True):
         logits = model.heads[data.name](x)  # (size, outputs)
         if data.regression:

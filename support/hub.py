@@ -127,7 +127,8 @@ def find_checkpoint(path_or_id, revision="main"):
         config = download("config.json")
         if config is None:
             raise trouble or HubError(f"model {path_or_id!r} has no config.json")
-        download("tokenizer.json")
+        if download("tokenizer.json") is None and trouble:
+            raise trouble
         weights = download("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
         if weights is None:
             raise trouble or HubError(f"model {path_or_id!r} has no model.safetensors and no pytorch_model.bin")

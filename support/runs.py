@@ -41,7 +41,7 @@ from tqdm import tqdm
 from support.checkpoint import BadInput, load_state, read_json, save_state, weights_checksum, write_text
 
 # Set by torchrun: which process this is, out of how many, and which of its machine's.
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*name)) for name in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes under torchrun: the first one alone looks at OUT and writes to it
@@ -221,7 +221,7 @@ def locked(folder, wait=False):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
-        for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # in OUT, only its own: units have locks
+        for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # OUT's own; units have locks
             if re.search(r"\.\d+\.tmp$", path.name):  # as atomic_write has it
                 path.unlink(missing_ok=True)
         yield
@@ -251,9 +251,10 @@ def refuse_taken(out, resume, again):
     """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
     if (out / "settings.json").exists() and not resume:
         raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {again}")
-    for name in ("results.json", "results.md"):
-        if (out / name).exists() and not (out / "settings.json").exists():
-            raise BadInput(f"--out {out} has a {name}, and no settings.json that says of what; choose another folder")
+    there = [path for name in ("results.json", "results.md", "*/seed[0-9]*") for path in out.glob(name)]
+    if there and not (out / "settings.json").exists():
+        found = there[0].relative_to(out)
+        raise BadInput(f"--out {out} has a {found}, and no settings.json that says of what; choose another folder")
 
 
 def open_out(out, settings, facts, about, resume, again):
@@ -523,7 +524,7 @@ class Workers:
         waiting, idle, failed = sorted(units, key=lambda unit: -len(unit.tasks)), [], []  # long first: all end together
         loaded = pickle.dumps(loaded)
         for worker in self.started:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, as is seen below
+            with contextlib.suppress(ConnectionError):  # it has ended, as is seen below
                 worker.send_bytes(loaded)
         while waiting or len(idle) < len(self.started):
             for worker in multiprocessing.connection.wait(self.started):
@@ -544,7 +545,8 @@ class Workers:
                     bar.update(said) if said > 0 else bar.skip(-said)
             for unit in [unit for unit in waiting if unit.ready][: len(idle)]:
                 waiting.remove(unit)
-                idle.pop().send(unit)
+                with contextlib.suppress(ConnectionError):
+                    idle.pop().send(unit)
             if failed and len(idle) == len(self.started):
                 break  # what is left would be made of what has failed
         return failed

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from support.checkpoint import BadInput, read_json, write_text
-from support.runs import FIFTHS, locked
+from support.runs import FIFTHS, end, locked
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One training's conflicts
@@ -76,9 +76,9 @@ def entry_of(parts, tasks):
     return entry | {name: parts[0][name] for name in ("conflicts", "cosines") if name in parts[0]}
 
 
-def gather(out):
-    """(results.json's contents, {method: {seed: the timings of its units}}) of an out folder. Raises BadInput."""
-    about = read_json(out / "settings.json")
+def gather(out, about):
+    """(results.json's contents, {method: {seed: the timings of its units}}) of an out folder, whose settings.json holds
+    `about`. Raises BadInput."""
     facts, tasks = about["facts"], about["tasks"]
     results = {
         "settings": about["settings"],
@@ -183,11 +183,11 @@ def table(results, timings):
     return markdown(rows)
 
 
-def by_task(results, watched="ortho"):
+def by_task(results):
     """What each task gains over joint, seed by seed, and what the projection made of its gradient; where there is both.
 
     Rows: tasks; columns: single and every projected method less joint; the length of the task's gradient under
-    `watched`, and the weight that the update gave it, both in the first fifth of the training: later a task that is
+    `ortho`, and the weight that the update gave it, both in the first fifth of the training: later a task that is
     learned has a short gradient, too. Not with --balance, where both would be those of gradients made equally long.
     """
     runs = results["methods"]
@@ -195,10 +195,10 @@ def by_task(results, watched="ortho"):
     if "joint" not in runs or not projected:
         return ""
     others = [m for m in ("single", *projected) if m in runs]
-    projections = {} if results["settings"].get("balance") else runs.get(watched, {})
+    projections = {} if results["settings"].get("balance") else runs.get("ortho", {})
     fifths = [run["conflicts"]["fifths"] for run in projections.values()]
     share = 1 / len(results["tasks"]) if results["settings"].get("combine") == "mean" else 1  # of it the rows have
-    seen = ["length", f"{watched}'s weight"] if fifths else []
+    seen = ["length", "ortho's weight"] if fifths else []
     rows = [["task", *(f"{m} − joint" for m in others), *seen]]
     for t in results["tasks"]:
         row = [t]
@@ -222,9 +222,9 @@ def by_task(results, watched="ortho"):
     return f"{said}\n\n{markdown(rows)}"
 
 
-def picture(results, method="ortho"):
-    """Where conflicts occur: layer x factor, in text; and by task pair."""
-    runs = [run["conflicts"] for run in results["methods"].get(method, {}).values() if "conflicts" in run]
+def picture(results):
+    """Where `ortho` saw conflicts: layer x factor, in text; and by task pair."""
+    runs = [run["conflicts"] for run in results["methods"].get("ortho", {}).values() if "conflicts" in run]
     if not runs or len(results["tasks"]) < 2:
         return ""
     rates = {name: np.mean([run["blocks"][name][0] for run in runs]) for name in runs[0]["blocks"]}
@@ -232,7 +232,7 @@ def picture(results, method="ortho"):
     for name, rate in rates.items():
         number = next((part for part in name.split(".") if part.isdigit()), "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
-    title = f"Where gradients conflict ({method}): share of task pairs at a negative cosine; 50 % is chance"
+    title = "Where gradients conflict (ortho): share of task pairs at a negative cosine; 50 % is chance"
     lines = [title, "", "layer  " + "".join(f"{f:<32}" for f in factors)]
     for number, found in layers.items():
         shares = [np.mean(found.get(factor, [0.0])) for factor in factors]
@@ -314,11 +314,11 @@ def write(out):
     out = Path(out)
     if not (out / "settings.json").exists():
         raise BadInput(f"{out} has no settings.json, so no run is in it")
-    about = read_json(out / "settings.json")
-    if not {"settings", "facts", "methods"} <= about.keys() or "disjoint" in about["settings"]:
-        raise BadInput(f"{out} has no run of train.py in it; continual.py prints its own table, with --resume")
-    with locked(out, wait=True):
-        results, timings = gather(out)
+    with locked(out, wait=True):  # a process that adds methods writes settings.json anew
+        about = read_json(out / "settings.json")
+        if not {"settings", "facts", "methods"} <= about.keys() or "disjoint" in about["settings"]:
+            raise BadInput(f"{out} has no run of train.py in it; continual.py prints its own table, with --resume")
+        results, timings = gather(out, about)
         text = report(results, timings, about)
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
         write_text(out / "results.md", text)
@@ -337,4 +337,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(lambda: main(sys.argv[1:]))

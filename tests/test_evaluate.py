@@ -60,9 +60,10 @@ def test_merged_adapters(finished_lori, capsys):
             assert rows[task, task, split][1] == f"{results['methods'][method]['0']['tasks'][task]['score']:.1f}"
 
 
-def test_one_adapter_alone(finished, capsys):
+def test_one_adapter_alone(finished, monkeypatch, capsys):
     out, results = finished
-    assert evaluate.main([str(out / "ortho/seed0/sst2"), "--device", "cpu"]) is None
+    monkeypatch.chdir(out / "ortho/seed0/sst2")
+    assert evaluate.main([".", "--device", "cpu"]) is None
     ((key, (_, points)),) = rows_of(capsys.readouterr().out).items()
     assert key == ("sst2", "sst2", "validation")
     assert points == f"{results['methods']['ortho']['0']['tasks']['sst2']['score']:.1f}"
@@ -192,6 +193,13 @@ def test_an_interruption_is_one_line(finished, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "predict", mock.Mock(side_effect=KeyboardInterrupt))
     assert evaluate.main([str(finished[0] / "ortho/seed0/sst2")]) == 130
     assert capsys.readouterr().err == "evaluate.py: interrupted\n"
+
+
+def test_too_little_memory_is_one_line(finished, monkeypatch, capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    monkeypatch.setattr(evaluate, "predict", mock.Mock(side_effect=error))
+    assert evaluate.main([str(finished[0] / "ortho/seed0/sst2")]) == 1
+    assert capsys.readouterr().err == "evaluate.py: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
 
 
 @pytest.mark.parametrize("ax", [True, False, "damaged"])

@@ -85,7 +85,7 @@ REFUSALS = {
 ADVICE = {"forbidden": "check HF_TOKEN", "busy": "wait some minutes", "down": "try again", "odd": "try again"}
 KINDS = {"model": "o/", "dataset": "datasets/o/"}
 GOOD = ["bert-tiny", "o/sharded", "o/pickled", "datasets/o/good"]
-PARTS = ["o/partial", "o/shardless", "datasets/o/partial"]  # downloaded, then damaged in the cache
+PARTS = ["o/partial", "o/shardless", "o/tokenless", "datasets/o/partial"]  # downloaded, then damaged in the cache
 FOUND = {"train": 600, "validation": 2}
 
 
@@ -122,11 +122,12 @@ def weather(tmp_path_factory):
         answers["bad"] = ask(home, [*GOOD, *PARTS, *others, *refused], HF_ENDPOINT=address)
         answers["log"] = log[:]
 
-    for name, file in (("partial", "model.safetensors"), ("shardless", parts[1])):  # as if killed amid a download
+    lost = ("partial", "model.safetensors"), ("shardless", parts[1]), ("tokenless", "tokenizer.json")
+    for name, file in lost:  # as if killed amid a download
         (pointer,) = (home / f"hub/models--o--{name}/snapshots").glob(f"*/{file}")
         blob = pointer.resolve()
         pointer.unlink()
-        blob.with_name(blob.name + ".0a1b2c3d.incomplete").write_bytes(blob.read_bytes()[:2000])
+        blob.with_name(blob.name + ".0a1b2c3d.incomplete").write_bytes(blob.read_bytes()[:-1])
         blob.unlink()
     (folder,) = (path for path in (home / "datasets/o___partial/rte").glob("*/*") if path.is_dir())
     (folder / "dataset_info.json").unlink()

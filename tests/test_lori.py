@@ -444,6 +444,10 @@ def test_a_masked_model_is_an_ordinary_one():
     assert all(torch.equal(layer.B, lora_layers(twin)[path].B) for path, layer in lora_layers(model).items())
     assert twin.double().block[0]["up"].B.dtype == torch.float64
     says("masked already", MaskedB, model, masks)
+    shares = mlp(zero=True)
+    for layer in shares.block:
+        layer["up"].B = shares.block[0]["up"].B
+    says("layers share a B", MaskedB, shares, masks)
     says("MaskedB", insert, model, adapter(mlp()))
     with pytest.raises(ValueError, match="MaskedB"), per_task(model, [1, 1]):
         pass

@@ -313,6 +313,20 @@ def test_dropout_is_where_transformers_has_it(family, tmp_path):
         assert (logits[0] - model.eval()("task", *inputs)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_encoder_of_another_dtype(tmp_path, dtype):
+    """A head reads it in its own: float32 beside bf16, as in training, and float64 where all is."""
+    reference = make(tiny("roberta"), "ForSequenceClassification")
+    reference.save_pretrained(tmp_path)
+    model, inputs = copied(reference, load_encoder(tmp_path)).eval(), batch(reference.config)
+    model.encoder.to(dtype)
+    model.heads.to(torch.promote_types(dtype, torch.float32))
+    logits = model("task", *inputs)
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    expected = run(reference.eval().double(), *inputs)
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 2e-2)
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 def test_head_dropout(family):
     """Before the last layer, at the classifier's own rate p: the mean is Wx + b, the variance p/(1-p) Σ (w_i x_i)²."""

@@ -257,8 +257,10 @@ def test_what_is_made_of_others_needs_them(run, tmp_path):
     assert list(json.loads((out / "results.json").read_text())["methods"]) == ["single", "lora-merged"]
 
 
-def test_an_older_layout_is_refused(run, tmp_path):
-    (tmp_path / "results.json").write_text("{}")
+@pytest.mark.parametrize("path", ["results.json", "joint/seed0/result.json"])
+def test_what_no_settings_belong_to_is_refused(run, tmp_path, path):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("{}")
     before = stamps(tmp_path)
     for more in ("", " --resume"):
         status, _, err = run(tmp_path, FLAGS + more)
@@ -602,6 +604,30 @@ def test_a_killed_worker_ends_all(run, tmp_path):
     killer.join()
     assert status == 2 and ours(err).startswith("train.py: a worker of --jobs ended with exit code -9")
     assert not multiprocessing.active_children()
+
+
+class Lethal:
+    """A unit that is asked whether it is ready when a worker has room for it, and kills that worker then."""
+
+    tasks, worker = ("sst2",), None
+
+    @property
+    def ready(self):
+        os.kill(Lethal.worker.pid, signal.SIGKILL)
+        Lethal.worker.join()
+        return True
+
+
+def test_a_worker_that_is_killed_just_before_a_unit_goes_to_it():
+    with runs.Workers(print) as workers:
+        workers.start(2)
+        Lethal.worker, other = workers.started.values()
+        os.kill(other.pid, signal.SIGSTOP)  # so that the first one gets the unit
+        try:
+            with pytest.raises(ChildProcessError, match="exit code -9"):
+                workers.do([Lethal()], b"", None)
+        finally:
+            os.kill(other.pid, signal.SIGCONT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
