@@ -74,7 +74,10 @@ def logits_of(model, task, encoded):
 
 
 def predict(model, task, encoded):
-    """Class ids, or scores: (n,). FloatingPointError where an output is not finite: argmax would make a class of it."""
+    """Class ids, or scores: (n,); LoRA layers are merged, in place.
+
+    Raises FloatingPointError where an output is not finite: argmax would make a class of it.
+    """
     logits = logits_of(model, task, encoded)
     if not logits.isfinite().all():
         raise FloatingPointError(f"{task}: not all outputs are finite")

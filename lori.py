@@ -34,8 +34,8 @@ def draw_A(model, seed):
     """Redraw every A of `model` from `seed` alone, the same on every device: U(-1/sqrt(in), 1/sqrt(in)).
 
     That is Kaiming-uniform with a = sqrt(5), as in the released code, of variance 1 / (3 in): A A' is near I/3.
-    One seed per task for adapters to be merged; one seed for all where tasks follow each other on a shared A.
-    """
+    One seed per task for adapters to be merged; one for all where tasks follow each other on a shared A. Raises
+    ValueError, as all of this file does that takes a model without LoRA layers."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, and apart from the global one
     for layer in layers_of(model).values():
         bound = 1 / math.sqrt(layer.A.shape[1])
@@ -120,7 +120,7 @@ def check_masks(model, masks):
 
 
 def overlap(masks_a, masks_b):
-    """The share of a's active entries that are active in b too. Two random masks of one tenth: 0.1."""
+    """The share of a's active entries that are active in b. Random masks of one tenth: 0.1. ValueError: other paths."""
     if {path: mask.shape for path, mask in masks_a.items()} != {path: mask.shape for path, mask in masks_b.items()}:
         raise ValueError("overlap: the masks are of different models")
     shared = sum(int((mask & masks_b[path].to(mask.device)).sum()) for path, mask in masks_a.items())
@@ -295,7 +295,7 @@ def delta_cosines(adapters):
 
     From the factors alone, <D_s, D_t> = scale_s scale_t tr(B_s' B_t A_t A_s'), with no (out, in) matrix. It vanishes
     for independent A as `in` grows, since then A_t A_s' does; on a shared A it is near that of the B. A zero delta is
-    at no angle to anything: 0, with itself too. Ranks may differ.
+    at no angle to anything: 0, with itself too. Ranks may differ. Raises ValueError: no adapters, different layers.
     """
     check_adapters(adapters)
     inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64, device="cpu")

@@ -169,8 +169,8 @@ class OrthoLoRA:
     projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] by factor, [[everything]]
     PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
     weights: one number per task, g_t = w_t dL_t in the blocks (default 1); may be changed later. generator: draws the
-    order, on the CPU; by default one of its own, seeded 0, so that every process draws the same. sequential: hold v_i
-    against v_j, not g_j; only for comparison. `rows` (T, P) may be averaged, or rescaled, before `project`.
+    order, on the CPU; by default one of its own, seeded 0, so that every process draws the same. sequential: v_i meets
+    v_j, not g_j. `rows` (T, P) may be averaged or rescaled before `project`. Raises ValueError: unfit blocks.
     """
 
     def __init__(self, blocks, num_tasks, *, weights=None, generator=None, sequential=False):
