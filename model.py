@@ -64,9 +64,9 @@ class Config:
     hidden_dropout_prob: float
     attention_probs_dropout_prob: float
     classifier_dropout: float
-    type_vocab_size: int = 0  # DistilBERT has none
-    layer_norm_eps: float = 1e-12  # fixed for DistilBERT, read from the file for the others
-    initializer_range: float = 0.02
+    initializer_range: float
+    type_vocab_size: int = 0  # DistilBERT's file has no key for these two
+    layer_norm_eps: float = 1e-12
 
     @property
     def prefix(self):
@@ -93,8 +93,8 @@ def read_config(raw, where="config.json"):
             raise BadInput(f"{where}: {key} is {shown(raw[key])}; it must be {plain!r}, others can't be loaded")
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
     keys = {name: FAMILIES[family][1].get(name, name) for name in kinds}
-    values = {"type_vocab_size": 0, "layer_norm_eps": 1e-12} if family == "distilbert" else {}  # what it doesn't say
-    for name in [name for name in kinds if name not in values]:
+    fixed, values = ("type_vocab_size", "layer_norm_eps") if family == "distilbert" else (), {}
+    for name in [name for name in kinds if name not in fixed]:
         key, kind = keys[name], kinds[name]
         if key not in raw and key not in OPTIONAL:
             raise BadInput(f"{where} has no {key}")

@@ -32,7 +32,7 @@ from glue import TASKS, TRAINED, batches_of_steps, load_data, load_tokenizer, sc
 from model import MultiTaskModel, load_encoder
 from ortholora import OrthoLoRA, balance
 from support import runs, table
-from support.checkpoint import BadInput, read_json, save_adapter, weights_checksum, write_safetensors
+from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors
 from support.hub import HubError, find_checkpoint
 from support.runs import LOCAL_RANK, RANK, WORLD, agreed  # agreed(do): the first process does it, all get its result
 from support.toy import DEMO, demo, demo_settings
@@ -457,9 +457,7 @@ def run_merge(unit, encoder, tasks, s):
 
 def finish(unit, model, encoder, tasks, result, timing, s, masks=None):
     """Save a unit's adapters, score what was saved, and say that it is finished."""
-    about = {"method": unit.method, "seed": str(unit.seed), "weights": str(weights_checksum(encoder))}
-    about |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
-    about |= {"holdout": str(s.holdout)} if s.holdout else {}  # else the scores are the validation split's
+    about = runs.origin(unit, encoder, s)
     result |= {"head_parameters": sum(p.numel() for p in model.heads.parameters()), "tasks": {}}
     for data in tasks:
         folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)

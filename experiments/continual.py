@@ -33,7 +33,7 @@ import lori  # noqa: E402
 import train  # noqa: E402
 from evaluate import scores_in_training  # noqa: E402
 from support import runs, table  # noqa: E402
-from support.checkpoint import BadInput, read_json, save_adapter, weights_checksum, write_safetensors, write_text  # noqa: E402
+from support.checkpoint import BadInput, read_json, save_adapter, write_safetensors, write_text  # noqa: E402
 from support.toy import demo, demo_settings  # noqa: E402
 
 METHODS = ("single", "lori-d", "lori-s")
@@ -122,9 +122,7 @@ def run(unit, encoder, frozen, tasks, s, bar):
             overlaps += [lori.overlap(masks, other) for other in used]
             used.append(masks)
         matrix.append(list(scores_in_training(model, encoder, tasks[: k + 1]).values()))
-    about = {"method": unit.method, "seed": str(unit.seed), "revision": s.revision, "glue": s.glue}
-    about |= {"max_length": str(s.max_length), "weights": str(weights_checksum(encoder))}
-    about |= {"holdout": str(s.holdout)} if s.holdout else {}
+    about = runs.origin(unit, encoder, s)
     for k, data in enumerate(tasks):
         folder = save_adapter(model, unit.adapter(data.name), data.name, s.model, about)
         if used:

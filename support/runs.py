@@ -251,10 +251,11 @@ def refuse_taken(out, resume, again):
     """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
     if (out / "settings.json").exists() and not resume:
         raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {again}")
-    there = [path for name in ("results.json", "results.md", "*/seed[0-9]*") for path in out.glob(name)]
-    if there and not (out / "settings.json").exists():
-        found = there[0].relative_to(out)
-        raise BadInput(f"--out {out} has a {found}, and no settings.json that says of what; choose another folder")
+    units = [path for path in out.glob("*/seed[0-9]*") if not path.parent.is_symlink()]  # merging.py links a method
+    for path in (out / "results.json", out / "results.md", *units):
+        if path.exists() and not (out / "settings.json").exists():
+            found = path.relative_to(out)
+            raise BadInput(f"--out {out} has a {found}, and no settings.json that says of what; choose another folder")
 
 
 def open_out(out, settings, facts, about, resume, again):
@@ -309,6 +310,13 @@ def timing(unit, encoder, seconds, steps, scored=False):
         memory = torch.cuda.max_memory_allocated(device)
     about = {"hardware": hardware(encoder), "source": source_checksum()}
     return {"seconds_per_step": seconds, "steps": steps, "peak_memory_bytes": memory, **about}
+
+
+def origin(unit, encoder, s):
+    """What an adapter's file says of its making, by which evaluate.py scores it: strings."""
+    said = {"method": unit.method, "seed": str(unit.seed), "weights": str(weights_checksum(encoder))}
+    said |= {"revision": s.revision, "glue": s.glue, "max_length": str(s.max_length)}
+    return said | ({"holdout": str(s.holdout)} if s.holdout else {})  # without, scores are the validation split's
 
 
 def hardware(encoder):

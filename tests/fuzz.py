@@ -62,7 +62,7 @@ def tiny(family):
     """Our own random model of that family, with LoRA nowhere."""
     torch.manual_seed(0)
     segments = 0 if family == "distilbert" else 2
-    config = Config(family, 11, 4, 1, 2, 6, 12, 1, "gelu", 0.1, 0.1, 0.1, segments)
+    config = Config(family, 11, 4, 1, 2, 6, 12, 1, "gelu", 0.1, 0.1, 0.1, 0.02, segments)
     return MultiTaskModel(Encoder(config, pooler=family == "bert"), {"rte": 2}).eval()
 
 

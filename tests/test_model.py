@@ -401,6 +401,7 @@ def test_published_configs():
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
+        "initializer_range": 0.02,
     }
     assert read_config(BERT_BASE) == Config(
         "bert",
