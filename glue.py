@@ -350,7 +350,7 @@ def rows_of_steps(lengths, batch_size, seed, task, window=32, start=0):
     def one_pass(epoch):  # (n,)
         generator = np.random.default_rng((seed, zlib.crc32(task.encode()), epoch))
         shuffled = generator.permutation(n)
-        head = -epoch * n % batch_size  # these complete the last batch of the pass before
+        head = -epoch * n % batch_size  # epoch * n rows came before: so many fill up the batch that they left begun
         parts = [shuffled[:head]]
         for first in range(head, n, window * batch_size):
             part = shuffled[first : first + window * batch_size]
