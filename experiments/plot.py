@@ -157,7 +157,8 @@ def conflict_rates(axis, results):
 
 def draw(out, method=""):
     """The figure of a run. Raises BadInput: no run there, a method that it has not."""
-    from matplotlib import pyplot as plt
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
     if not (out / "settings.json").exists():
         raise BadInput(f"{out} has no settings.json: it is no out folder of train.py")
@@ -173,8 +174,8 @@ def draw(out, method=""):
         )
     method = method or ("ortho" if "ortho" in projected else (projected or [""])[0])
     results = {m: results_of(out, about, m) for m in methods}
-    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot"}
-    figure = plt.figure(figsize=(2.7 * max(3, len(tasks)), 7.2 if method else 5.0), layout="constrained")
+    rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "plot"})
+    figure = Figure(figsize=(2.7 * max(3, len(tasks)), 7.2 if method else 5.0), layout="constrained")
     parts = figure.subfigures(2, 1, height_ratios=[2, 1.15]) if method else [figure]
     axes = parts[0].subplots(2, len(tasks), sharex=True, squeeze=False)
     for column, task in zip(axes.T, tasks, strict=True):
@@ -207,9 +208,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not importlib.util.find_spec("matplotlib"):
         parser.error("needs matplotlib, not installed; run pip install -r requirements-dev.txt")
-    import matplotlib
-
-    matplotlib.use("agg")
     try:
         path, figure = args.file or args.out / "plot.svg", draw(args.out, args.method)
         kinds = figure.canvas.get_supported_filetypes()

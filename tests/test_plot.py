@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import trained
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import glue
 import plot
@@ -106,8 +107,9 @@ def test_the_file_is_written_and_its_words_do_not_overlap(name, on_the_way, caps
     first = path.read_bytes()
     assert not plot.main([str(on_the_way), "--file", str(path)]) and path.read_bytes() == first
     figure = plot.draw(on_the_way)
-    figure.canvas.draw()
-    renderer, boxes = figure.canvas.get_renderer(), [axis.get_window_extent() for axis in figure.get_axes()]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, boxes = canvas.get_renderer(), [axis.get_window_extent() for axis in figure.get_axes()]
     for axis in figure.get_axes():
         for label in (axis.xaxis.label, axis.yaxis.label, axis.title):
             box = label.get_window_extent(renderer)
