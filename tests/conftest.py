@@ -4,11 +4,20 @@ import json
 import os
 
 import pytest
+import torch
 
 import train
 from support.toy import make_demo
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is a CPU's, and compared to the bit
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The demo and --jobs set their number for the process; the next test has its own again."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

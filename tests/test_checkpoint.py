@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 
-from lora import LoRALinear, add_lora, lora_layers
+from lora import add_lora, lora_layers
 from model import MultiTaskModel, load_encoder
 from support import checkpoint
 from support.checkpoint import (
@@ -88,13 +88,14 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     synced, fsync = [], os.fsync
 
     def note(file):
-        synced.append((os.readlink(f"/proc/self/fd/{file}"), (tmp_path / "x").exists()))
+        synced.append((os.fstat(file).st_ino, (tmp_path / "x").exists()))
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", note)
     with atomic_write(tmp_path / "x") as temporary:
         temporary.write_text("new")
-    assert synced == [(str(temporary), False)] and (tmp_path / "x").read_text() == "new"
+        inode = temporary.stat().st_ino
+    assert synced == [(inode, False)] and (tmp_path / "x").read_text() == "new"
 
 
 def test_read_json(tmp_path):
@@ -631,7 +632,6 @@ def test_nothing_to_save(bert, tmp_path):
     with pytest.raises(ValueError, match="rslora"):
         save_adapter(model, tmp_path / "new", "rte")
     assert not (tmp_path / "new").exists()
-    assert isinstance(next(iter(layers.values())), LoRALinear)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -723,9 +723,8 @@ def test_what_looks_like_a_path_never_asks_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # so importing it fails
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    for name in tmp_path / "x", "./x", "../x", "/x", "~/x/y/z", "~nobody/x", "a/b/c", "file", "./" + "x" * 300, ".":
-        if name != ".":
-            refused(find_checkpoint, name)
+    for name in tmp_path / "x", "./x", "../x", "/x", "~/x/y/z", "~nobody/x", "a/b/c", "file", "./" + "x" * 300:
+        refused(find_checkpoint, name)
     assert [looks_like_path(x) for x in ("roberta-base", "google/bert", "a/b/c", "./a", "~", "..")] == [False] * 2 + [
         True
     ] * 4

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import write_rows
+from conftest import results_of, write_rows
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -37,7 +37,7 @@ def refused(arguments, capsys):
 # The table's numbers
 
 
-@pytest.mark.parametrize("method", ["head", "single", "pcgrad", "ortho"])
+@pytest.mark.parametrize("method", ["single", "ortho"])
 def test_it_gives_the_tables_numbers_and_needs_no_flags(finished, capsys, method):
     out, results = finished
     assert evaluate.main([str(out / method / "seed1")]) is None
@@ -49,6 +49,18 @@ def test_it_gives_the_tables_numbers_and_needs_no_flags(finished, capsys, method
         metrics, points = rows[task, task, split[task]]
         assert points == f"{scores['score']:.1f}"
         assert metrics == ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if name != "score")
+
+
+def test_bf16_trains_and_is_scored_in_float32(run, tmp_path, capsys):
+    for dtype in ("fp32", "bf16"):
+        assert run(f"--tasks stsb --methods ortho --steps 3 --lr 5e-3 --dtype {dtype}", out=tmp_path / dtype)[0] == 0
+    logs = [(tmp_path / dtype / "ortho/seed0/log.jsonl").read_text().splitlines() for dtype in ("fp32", "bf16")]
+    exact, rounded = ([json.loads(line)["loss"]["stsb"] for line in log] for log in logs)
+    assert exact != rounded and rounded == pytest.approx(exact, rel=0.05)
+    assert evaluate.main([str(tmp_path / "bf16/ortho/seed0")]) is None  # which is float32 always
+    found = results_of(tmp_path / "bf16")["methods"]["ortho"]["0"]["tasks"]["stsb"]
+    ((metrics, _),) = rows_of(capsys.readouterr().out).values()
+    assert metrics == ", ".join(f"{name} {value:.4f}" for name, value in found.items() if name != "score")
 
 
 def test_merged_adapters(finished_lori, capsys):

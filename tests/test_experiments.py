@@ -390,7 +390,7 @@ def test_a_try_moves_the_adapter_by_the_projected_steps(tmp_path, flags, capsys)
 # merging.py
 
 
-def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tmp_path, flags):
+def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tmp_path, flags, capsys):
     own = [*flags, "--methods=single,lora-merged", "--own-a"]
     assert not train.main([*own, f"--out={tmp_path / 'plain'}", "--merge-weight=0.5"])
     assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2"])
@@ -407,6 +407,8 @@ def test_a_merge_at_a_weight_is_what_train_makes_and_nothing_is_trained_twice(tm
     before = [path.stat().st_mtime_ns for path in logs]
     assert logs and all("trained" in path.parts for path in logs)
     assert not merging.main([*own, f"--out={tmp_path / 'out'}", "--merge-weights=0.5,2", "--resume"])
+    assert merging.main([*own, f"--out={tmp_path / 'plain'}", "--merge-weights=0.5,2"]) == 2  # train.py's
+    assert "another run's settings.json" in capsys.readouterr().err
     assert [path.stat().st_mtime_ns for path in logs] == before
 
 
@@ -466,7 +468,7 @@ def test_the_cosine_of_means_is_found_in_noise_with_its_error():
     assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.2)
 
 
-def test_premise_measures_at_fixed_points(tmp_path, flags, monkeypatch):
+def test_premise_measures_at_fixed_points(tmp_path, flags, monkeypatch, capsys):
     monkeypatch.setattr(premise, "POINTS", (2,))
     monkeypatch.setattr(premise, "BATCHES", 2)
     monkeypatch.setattr(premise, "GROUPS", 4)
@@ -477,6 +479,10 @@ def test_premise_measures_at_fixed_points(tmp_path, flags, monkeypatch):
         assert {"A", "B", "A and B", "A less B", "rate"} == found.keys()
         assert np.shape(found["B"]["cosine"]) == (3, 3) and 0 <= found["rate"] <= 1
         assert found["B"]["cosine"][0][0] in (None, 1.0)
+    before = (tmp_path / "results.json").read_bytes()
+    for more, words in (["", "has a results.json"], ["--jobs=2", "leave out --jobs"]):
+        assert premise.main([*flags, f"--out={tmp_path}", *[more] * bool(more)]) == 2
+        assert words in capsys.readouterr().err and (tmp_path / "results.json").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +495,7 @@ def pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(flipped, "QUARTER", {"train": 4, "validation": 3})
     scores, rows = [0, 1, 2, 2.5, 3, 3.4, 3.5, 4, 4.5, 5, 3, 3], {}
     for split in ("train", "validation"):
-        for task, (first, second, label) in flipped.SOURCES.items():
+        for task, (first, second, label) in {"stsb": flipped.NAMES["mrpc"], "qqp": flipped.NAMES["qqp"]}.items():
             labels = scores if task == "stsb" else [n % 2 for n in range(12)]
             texts = ("A man", "A woman") if task == "stsb" else ("Is it", "Was it")
             rows.setdefault(task, {})[split] = [
@@ -540,6 +546,10 @@ def test_too_few_rows_are_said(tmp_path, pairs, monkeypatch, capsys):
     assert flipped.main([str(tmp_path / "out"), f"--glue={pairs}"]) == 2
     error = capsys.readouterr().err
     assert "stsb train: 5 rows labelled 0 wanted, 4 there" in error and not (tmp_path / "out").exists()
+    next((pairs / "qqp").glob("validation*")).unlink()
+    monkeypatch.setattr(flipped, "QUARTER", {"validation": 3})
+    assert flipped.main([str(tmp_path / "out"), f"--glue={pairs}"]) == 2
+    assert "has no split 'validation'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import tracemalloc
 import zipfile
 
@@ -37,12 +36,10 @@ def files(tmp_path):
 
 
 def refused(function, *arguments, naming):
-    """The one line that BadInput says, within ten seconds of processor time."""
-    begin = time.process_time()
+    """The one line that BadInput says."""
     with pytest.raises(BadInput) as error:
         function(*arguments)
     message = str(error.value)
-    assert time.process_time() - begin < 10
     assert message.isprintable() and len(message) < 1000 and str(naming) in message
     return message
 

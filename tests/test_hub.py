@@ -77,10 +77,10 @@ REFUSALS = {
     "anonymous": (401, "GatedRepo", "is gated: ask for access on its page and set HF_TOKEN"),
     "private": (401, "RepoNotFound", "on the Hub, or it is private (then set HF_TOKEN)"),
     "missing": (404, "RepoNotFound", "on the Hub, or it is private (then set HF_TOKEN)"),
-    "forbidden": (403, "", "403 Forbidden' for url 'http://127.0.0.1"),
-    "busy": (429, "", "429 Too Many Requests' for url 'http://127.0.0.1"),
-    "down": (503, "", "503 Service Unavailable' for url 'http://127.0.0.1"),
-    "odd": (418, "", "418 I'm a Teapot' for url 'http://127.0.0.1"),
+    "forbidden": (403, "", "403 "),  # what follows is the Hub client's
+    "busy": (429, "", "429 "),
+    "down": (503, "", "503 "),
+    "odd": (418, "", "418 "),
 }
 ADVICE = {"forbidden": "check HF_TOKEN", "busy": "wait some minutes", "down": "try again", "odd": "try again"}
 KINDS = {"model": "o/", "dataset": "datasets/o/"}
@@ -163,7 +163,7 @@ def test_a_hub_that_refuses(weather, kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_connection_that_breaks_amid_a_file(weather, kind):
     text = one_line(weather["bad"][KINDS[kind] + "torn"], kind, "o/torn", seconds=5)  # five more attempts, one a second
-    assert "received 2000 bytes" in text and "try again later" in text
+    assert "try again later" in text
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,11 +18,9 @@ import reproduce
 
 ROOT = Path(__file__).parent.parent
 
-GENERATOR = np.random.default_rng(0)
-
 
 def test_interval_is_the_t_tests():
-    x = GENERATOR.normal(1, 2, 7)
+    x = np.random.default_rng(0).normal(1, 2, 7)
     mean, low, high = report.interval(x)
     expected = stats.ttest_1samp(x, 0).confidence_interval(0.95)
     assert mean == pytest.approx(x.mean()) and (low, high) == pytest.approx(tuple(expected))
@@ -30,8 +28,9 @@ def test_interval_is_the_t_tests():
 
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_fieller_ends_where_the_t_test_of_gain_less_theta_gap_is_at_five_percent(n):
-    gap = GENERATOR.normal(5, 1, n)
-    gain = 0.3 * gap + GENERATOR.normal(0, 0.5, n)
+    generator = np.random.default_rng(0)
+    gap = generator.normal(5, 1, n)
+    gain = 0.3 * gap + generator.normal(0, 0.5, n)
     low, high = report.fieller(gain, gap)
     for theta in (low, high):
         assert stats.ttest_1samp(gain - theta * gap, 0).pvalue == pytest.approx(0.05, abs=1e-6)
