@@ -1,7 +1,7 @@
 """What it costs: time and memory of the projection and of whole training steps, as ratios within one run.
 
     python experiments/bench.py project                              the projection alone, at RoBERTa-base's LoRA shapes
-    python experiments/bench.py project --num-tasks 2,4,8,16,32,64,128     and how it grows with the tasks
+    python experiments/bench.py project --num-tasks 2,4,8,16,32,64,128     and with more tasks
     python experiments/bench.py project --shapes 7b                  at a 7-B Llama's, by tensor and as one block
     python experiments/bench.py step --model FOLDER_OR_ID            a training step: joint, pcgrad, ortho
     python experiments/bench.py memory --model FOLDER_OR_ID          its peak memory, each mode in a process of its own
@@ -23,6 +23,7 @@ import itertools
 import json
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def machine(device):
 
 def commit():
     """The commit that is run, marked where its Python files have been changed."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     said = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True).stdout
@@ -199,8 +202,8 @@ def bench_project(args, device):
     if args.shapes == "7b":
         return bench_large(args, device)
     rows = [["tasks", "collect", "project", "bare Gram", "torchjd", "project / Gram", "torchjd / project", "MiB"]]
-    results, counts = [], [int(t) for t in args.num_tasks.split(",")]
-    for T in counts:
+    results = []
+    for T in map(int, args.num_tasks.split(",")):
         ortho, modes = projection_modes(T, device, args.torchjd_up_to >= T and installed("torchjd"))
         times = take_turns(modes, args.rounds if T < 32 else fewer(args), device)
         extra = peak_of(ortho.project, device, prepare=modes["project"][0])
@@ -229,14 +232,6 @@ def bench_project(args, device):
             f"{args.length} tokens, {args.dtype}; 3 rounds): project() is {', '.join(shares)} of it."
         )
         results.append({"step_seconds_per_task": seconds})
-    if len(counts) > 3:
-        many = [r for r in results if r.get("tasks", 0) >= 8]
-        grown = np.log([[r["milliseconds"]["project"], r["extra_bytes"]] for r in many])
-        time_, memory = np.polyfit(np.log([r["tasks"] for r in many]), grown, 1)[0]
-        notes.append(
-            f"From {many[0]['tasks']} to {many[-1]['tasks']} tasks project() takes time as T^{time_:.2f}, "
-            f"and memory beside the rows as T^{memory:.2f}."
-        )
     return rows, results, notes
 
 

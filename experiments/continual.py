@@ -50,10 +50,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("--disjoint", action="store_true")
     own, rest = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(f"{__doc__}\nAll other settings are train.py's: python train.py --help")
-        sys.exit()
-    return train.parse(rest, "continual.py") | vars(own)
+    return train.parse(rest, "continual.py", __doc__) | vars(own)
 
 
 def check(s):

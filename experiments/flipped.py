@@ -19,12 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from glue import load_task  # noqa: E402
 from support.checkpoint import BadInput  # noqa: E402
-from support.hub import read_splits  # noqa: E402
 from support.toy import write_glue  # noqa: E402
 
 QUARTER = {"train": 2000, "validation": 250}  # rows
-SOURCES = {"stsb": ("sentence1", "sentence2", "label"), "qqp": ("question1", "question2", "label")}
 NAMES = {"mrpc": ("sentence1", "sentence2", "label"), "qqp": ("question1", "question2", "label")}  # A, B
 
 
@@ -36,9 +35,9 @@ def similar(score):
 def mixture(glue, split, rng):
     """[(text, text, label, is it a question)] in random order."""
     drawn, count = [], QUARTER[split]
-    for source, columns in SOURCES.items():
-        data = read_splits(source, glue, (split,))[split]
-        rows = sorted(set(zip(*(data[name] for name in columns), strict=True)))
+    for source in ("stsb", "qqp"):
+        data = load_task(source, glue, split)
+        rows = sorted({(*texts, label) for texts, label in zip(data.texts, data.labels.tolist(), strict=True)})
         if source == "stsb":
             rows = [(*texts, similar(score)) for *texts, score in rows]
         for label in (0, 1):

@@ -8,7 +8,6 @@ OUT/results.json has the scores of the adapters, and of all merges by names such
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -26,20 +25,19 @@ def parse(argv):
     for flag in ("--methods", "--merge-weights", "--out"):
         parser.add_argument(flag, default="")
     own, rest = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        print(f"{__doc__}\nAll other settings are train.py's: python train.py --help")
-        sys.exit()
-    own.methods = train.listed(own.methods, "methods", known=train.METHODS)
+    s = train.Settings(**train.parse([*rest, "--methods", own.methods, "--out", own.out], "merging.py", __doc__))
+    train.check(s)
+    own.methods, own.out = train.listed(s.methods, "methods"), s.out
     own.merge_weights = train.listed(own.merge_weights, "merge-weights", float)
     if not all(0 < weight <= 1e3 for weight in own.merge_weights):
         raise BadInput(f"--merge-weights {own.merge_weights}: each must be above 0, and at most 1,000")
     if runs.WORLD > 1:
         raise BadInput("leave out torchrun: the merges are made in one process")
-    own.out = os.path.expanduser(own.out)
     if not own.out:
         raise BadInput("give --out FOLDER")
-    words = [*rest, "--methods", ",".join(own.methods), "--out", own.out]
-    train.check(train.Settings(**train.parse(words, "merging.py")))
+    taken = [name for name in ("settings.json", "results.json") if (Path(own.out) / name).exists()]
+    if taken and not (Path(own.out) / "trained").exists():
+        raise BadInput(f"--out {own.out} has another run's {taken[0]}; choose another folder")
     return own, rest
 
 
@@ -54,13 +52,6 @@ def merge_at(weight, trained, own, rest):
     return train.main([*rest, *flags])
 
 
-def merged_at(weight, trained, own):
-    """What that run has found, as {"METHOD at WEIGHT": {seed: scores}} among "methods"."""
-    found = read_json(Path(own.out) / f"{weight:g}" / "results.json")
-    merged = {f"{m} at {weight:g}": x for m, x in found["methods"].items() if m not in trained}
-    return {name: x for name, x in found.items() if name != "summary"} | {"methods": merged}
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     again, runs.again = runs.again, lambda _, out, demo: again(argv, own.out, demo, "experiments/merging.py")
@@ -73,10 +64,11 @@ def main(argv=None):
         for weight in own.merge_weights:
             if status := merge_at(weight, trained, own, rest):
                 return status
-        found = [merged_at(weight, trained, own) for weight in own.merge_weights]
-        methods = read_json(Path(own.out) / "trained" / "results.json")["methods"]
-        methods |= {name: scores for x in found for name, scores in x["methods"].items()}
-        write_text(Path(own.out) / "results.json", json.dumps(found[0] | {"methods": methods}, indent=1) + "\n")
+        found = read_json(Path(own.out) / "trained" / "results.json")
+        for weight in own.merge_weights:
+            merged = read_json(Path(own.out) / f"{weight:g}" / "results.json")["methods"]
+            found["methods"] |= {f"{m} at {weight:g}": x for m, x in merged.items() if m not in trained}
+        write_text(Path(own.out) / "results.json", json.dumps(found, indent=1) + "\n")
     except (BadInput, OSError) as e:
         print(f"merging.py: {e}", file=sys.stderr)
         return 2

@@ -155,11 +155,17 @@ def run(s):
 
 def main(argv=None):
     try:
-        s = train.Settings(**train.parse(sys.argv[1:] if argv is None else argv, "premise.py", __doc__))
+        given = train.parse(sys.argv[1:] if argv is None else argv, "premise.py", __doc__)
+        if unused := {"demo", "methods", "resume", "jobs"} & given.keys():
+            raise BadInput(f"leave out --{min(unused)}: there is nothing here that it could change")
+        s = train.Settings(**given)
         s.device, s.dtype, s.per_task = "cpu", s.dtype.replace("auto", "fp32"), "loop"
         train.check(s)
         if not s.seeds.isdecimal() or not s.out:
             raise BadInput(f"give one seed and --out FOLDER, not --seeds {s.seeds} --out {s.out!r}")
+        for name in ("settings.json", "results.json"):
+            if (Path(s.out) / name).exists():
+                raise BadInput(f"--out {s.out} has a {name}; choose another folder")
         results, timing = run(s)
         Path(s.out).mkdir(parents=True, exist_ok=True)
         write_text(Path(s.out) / "timing.json", json.dumps(timing) + "\n")

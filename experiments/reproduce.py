@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from bench import installed, machine  # noqa: E402
 from bf16 import slow_in_bf16  # noqa: E402
 from plan import EXPERIMENTS  # noqa: E402
+from support.checkpoint import write_text  # noqa: E402
 from support.toy import demo_settings  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -119,6 +120,8 @@ def run(unit, args):
         about["processor"] += ", products of bf16 in float32"
     empty_if_begun_elsewhere(folder, about)
     again = ["--resume"] * (script != "experiments/premise.py")
+    if not again:
+        (folder / "results.json").unlink(missing_ok=True)
     command = [sys.executable, *run_it, str(ROOT / script), *flags, "--out", str(folder), *again]
     with open(folder / "output.txt", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=ONE_THREAD).returncode
@@ -241,18 +244,11 @@ def facts(name, about, jobs, seconds):
 
 
 def write(path, results):
-    """Whole, or not at all; a list of numbers is a line."""
+    """Whole, or not at all; numbers to five decimals, a list of numbers is a line."""
+    results = json.loads(json.dumps(results), parse_float=lambda x: round(float(x), 5))
+    text = re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), json.dumps(results, indent=1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\[[^][{}]*\]", lambda m: " ".join(m[0].split()), json.dumps(rounded(results), indent=1))
-    path.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-    path.with_suffix(".tmp").replace(path)
-
-
-def rounded(x):
-    """The same with every number to five decimals."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+    write_text(path, text + "\n")
 
 
 SPECIAL = {"demo": demo, "trust": trust}
