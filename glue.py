@@ -310,7 +310,7 @@ class TaskData:
 
     def label_variance(self):
         """The divisor of the squared error: the mean label costs 1, near ln 2 and ln 3, a blind guess's."""
-        return float(self.train_labels.var()) or 1.0
+        return float(self.train_labels.var()) if np.ptp(self.train_labels) else 1.0
 
 
 def load_data(name, source, tokenizer, config, max_length, holdout=0, weight=1.0):

@@ -1,8 +1,7 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
 Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
-`transformers` model included (not where a weight is read past its layer's forward, as in torch's fused attention, or
-T5's `wo`):
+`transformers` model included (not where a weight is read past its layer's forward, as that of T5's `wo` is):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
@@ -56,11 +55,12 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """A new `nn.Linear` with weight W0 + scale * B A, in the base's dtype. ValueError: the base is no plain one."""
+        """A new `nn.Linear`: W0 + scale * B A, in the base's dtype, under autocast, too. ValueError: no plain base."""
         if type(self.base).forward is not nn.Linear.forward or not self.base.weight.is_floating_point():
             raise ValueError(f"a {type(self.base).__name__} of {self.base.weight.dtype} can't be merged into")
         plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
-        plain.weight = nn.Parameter((self.base.weight + self.delta()).to(self.base.weight.dtype), requires_grad=False)
+        weight = self.base.weight.to(self.B.dtype, copy=True).addmm_(self.B, self.A, alpha=self.scale)
+        plain.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
         plain.bias = self.base.bias
         return plain.train(self.training)
 
@@ -163,10 +163,9 @@ def per_task(model, sizes):
             loss.backward()                                   # in here: gradient checkpointing runs forward again
         grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
-    Each task gets its own view of the factors, A as (T, r, in), so that autograd keeps the gradients apart; values and
-    cost are those of the one factor. Yields {factor: its view} of the trained ones, for `OrthoLoRA.collect_stacked`;
-    for a factor in none of its blocks the caller adds view.grad.sum(0) to .grad. What a layer gets has the
-    stacked dimension, of sum(sizes), first. Raises ValueError under `lori.MaskedB`.
+    Each task gets its own view of the factors, A as (T, r, in), at the values and the cost of the one. Yields {factor:
+    its view} of the trained ones, for `OrthoLoRA.collect_stacked`; for a factor in no block the caller adds
+    view.grad.sum(0) to .grad. Layers get sum(sizes) as their first dimension. ValueError: under `lori.MaskedB`.
     """
     layers = lora_layers(model).values()
     if not all(factor.is_leaf for factor in lora_parameters(model)):
@@ -203,8 +202,9 @@ def peft_adapter(model, prefix=""):
     Raises ValueError: no LoRA layers; some with rslora and some without; a prefix that does not end in a dot.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper; of one inside, the name goes below
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    found = {p: prefix + p.replace("._orig_mod", "").replace("_orig_mod.", "") for p, _ in model.named_modules()}
+    model = model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else model
+    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile's, and activation checkpointing's
+    found = {p: prefix + ".".join(x for x in p.split(".") if x not in wrappers) for p, _ in model.named_modules()}
     layers = {found[path]: layer for path, layer in lora_layers(model).items()}
     if len({layer.rslora for layer in layers.values()}) != 1:
         raise ValueError(f"peft_adapter: {'only some LoRA layers use rslora' if layers else 'no LoRA layers'}")

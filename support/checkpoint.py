@@ -394,8 +394,9 @@ def read_adapter_config(folder):
 def load_adapter(model, folder, task=None):
     """Insert an adapter folder's LoRA layers into `model.encoder` and fill them, and the head of `task`, if given.
 
-    Reads what `save_adapter` and `peft` write: plain and rsLoRA scaling, any linear layers, any ranks (a layer's is the
-    number of rows of its A), an alpha_pattern of plain names. Everything is checked before the model is touched.
+    Reads what `save_adapter` and `peft` write: plain and rsLoRA scaling, any linear layers, any ranks (those of r and
+    rank_pattern; of A's rows, where that has regular expressions), an alpha_pattern of plain names. Everything is
+    checked before the model is touched.
     Returns {path: LoRALinear}. Raises BadInput; ValueError where the encoder has LoRA layers already.
     """
     if lora_layers(model.encoder):

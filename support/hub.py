@@ -8,6 +8,8 @@ there is: what is there is found, and what is not raises `HubError` with what th
 """
 
 import contextlib
+import glob
+import hashlib
 import io
 import logging
 import os
@@ -176,10 +178,20 @@ def split_files(folder):
 
 
 def read_split(folder, split, files):
-    """A datasets.Dataset of files alone: beside others, it would get the first one's columns, and names of labels."""
+    """A datasets.Dataset of files alone: beside others, it would get the first one's columns, and names of labels.
+
+    `datasets` takes a file of the same path and time for the same; so the cache's place is named by what is in it.
+    """
     import datasets
 
-    return datasets.load_dataset(str(folder), data_files={split: files}, **FORMATS[Path(files[0]).suffix])[split]
+    paths = [folder.absolute() / file for file in files]
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+    return datasets.load_dataset(
+        str(folder),
+        data_files={split: [glob.escape(str(path)) for path in paths]},
+        cache_dir=os.path.join(datasets.config.HF_DATASETS_CACHE, content),
+        **FORMATS[paths[0].suffix],
+    )[split]
 
 
 def read_splits(name, source, only=None):
@@ -201,15 +213,14 @@ def read_splits(name, source, only=None):
         with quiet():
             if not folder.is_dir():
                 return datasets.load_dataset(source, name)
-            # A folder for each task first: `datasets` caches these by their files, but what a README names by that
-            # README alone, so that changed files, or another folder of the same name, would give the old rows.
-            folders = [path.name for path in folder.iterdir() if split_files(path)]
-            if name in folders:
-                files = split_files(folder / name)
+            # A folder for each task first: what a README names `datasets` caches by that README alone, so that changed
+            # files, or another folder of the same name, would give the old rows.
+            if files := split_files(folder / name):
                 return {x: read_split(folder / name, x, files[x]) if only is None or x in only else None for x in files}
             configs = datasets.get_dataset_config_names(str(folder))  # as the folder's README has them
             if name in configs:
                 return datasets.load_dataset(str(folder), name)
+            folders = [x.name for x in folder.iterdir() if os.access(x, os.R_OK | os.X_OK) and split_files(x)]
             tasks = sorted({*configs, *folders} - {"default"})
     except Exception as e:  # each way to fail raises a class of its own, some of them other packages'
         if empty := re.search(r'"(\w+)" corresponds to no data', str(e)):

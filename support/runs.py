@@ -41,7 +41,9 @@ from tqdm import tqdm
 from support.checkpoint import BadInput, load_state, read_json, save_state, weights_checksum, write_text
 
 # Set by torchrun: which process this is, out of how many, and which of its machine's.
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(x) or 0) for x in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+if WORLD <= 1:  # one process is the first, whatever else a cluster has set
+    RANK, WORLD, LOCAL_RANK = 0, 1, 0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes under torchrun: the first one alone looks at OUT and writes to it

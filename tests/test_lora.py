@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from tiny import FAMILIES, batch, make, one_line, run, tiny
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from lora import (
     LoRALinear,
@@ -284,6 +285,14 @@ def test_same_factors_same_logits_as_peft(family, rslora):
     assert not lora_layers(merged) and lora_layers(model).keys() == layers.keys()
     assert merged.state_dict().keys() == reference.unload().state_dict().keys()
     torch.testing.assert_close(run(merged, *inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_autocast_rounds_no_merged_weight():
+    layer = LoRALinear(nn.Linear(16, 16), 2, 4)
+    randomize({"": layer})
+    expected = layer.base.weight + layer.delta()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer.merged().weight, expected)
 
 
 BAD_TARGETS = [
@@ -653,13 +662,16 @@ def test_a_wrapper_is_no_part_of_a_path(tmp_path):
     parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(parallel)
     parallel.module = model
-    for wrapped in (torch.compile(model), parallel, torch.compile(parallel)):
+    for wrapped in (torch.compile(model), parallel, torch.compile(parallel), nn.DataParallel(model)):
         theirs = load_in_peft(base, tmp_path, *peft_adapter(wrapped))
         torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
     within = nn.ModuleDict({"a": torch.compile(nn.ModuleDict({"q": nn.Linear(2, 2)}))})
     add_lora(within, ["q"])
     layer = nn.ModuleDict({"a": nn.ModuleDict({"q": torch.compile(LoRALinear(nn.Linear(2, 2), 2, 4))})})
-    for module in (within, layer):
+    kept = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)})})
+    add_lora(kept, ["q"])
+    apply_activation_checkpointing(kept, check_fn=lambda module: isinstance(module, LoRALinear))
+    for module in (within, layer, kept):
         tensors, config = peft_adapter(module)
         assert config["target_modules"] == ["q"] and "base_model.model.a.q.lora_A.weight" in tensors
 

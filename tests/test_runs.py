@@ -750,6 +750,14 @@ def test_a_gpus_fault_is_not_another_process_s(error):
             raise raised
 
 
+@pytest.mark.parametrize("more", [{"RANK": "1"}, {"LOCAL_RANK": "2", "WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}], ids=str)
+def test_one_process_is_the_first(more):
+    code = "from support import runs; print(runs.RANK, runs.WORLD, runs.LOCAL_RANK)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=HANGS)
+    assert done.stdout == "0 1 0\n", done.stderr
+
+
 def test_torchruns_variables_by_half(monkeypatch):
     monkeypatch.setattr(runs, "WORLD", 2)
     monkeypatch.setenv("RANK", "0")
