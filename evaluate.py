@@ -40,7 +40,7 @@ def find_device(name, local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(1, device=device).cpu()  # of "meta" there is none
+        torch.empty(1, device=device).cpu()  # fails for "meta", which holds no numbers
     except (RuntimeError, AssertionError, ImportError) as e:  # the last of a kind that wants a package
         raise BadInput(f"--device {name}: {str(e).splitlines()[0]}") from None
     return device

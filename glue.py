@@ -1,4 +1,4 @@
-"""GLUE: nine tasks and the diagnostic set, as data, batches, scores and leaderboard files. It knows no model.
+"""GLUE: nine tasks and the diagnostic set, as data, batches, scores and leaderboard files. It runs no model.
 
 accuracy, f1, matthews, pearson, spearman      (predictions, labels) -> float
 TASKS, score                                   a row for each task; its official metrics and their mean
@@ -68,7 +68,7 @@ def matthews(predictions, labels):
 def direction(values):
     """(n,) -> values - mean, scaled to length 1; zeros where all values are equal."""
     values = np.asarray(values, dtype=np.float64)
-    values = values - values.mean() if np.ptp(values) else np.zeros(len(values))  # a mean rounds: a constant would vary
+    values = values - values.mean() if np.ptp(values) else np.zeros(len(values))  # else rounding makes a constant vary
     return values / (np.linalg.norm(values) or 1.0)
 
 
@@ -309,7 +309,7 @@ class TaskData:
         return float(self.train_labels.mean()) if self.regression else int(np.bincount(self.train_labels).argmax())
 
     def label_variance(self):
-        """The divisor of the squared error: the mean label costs 1, near ln 2 and ln 3, a blind guess's."""
+        """Divides the squared error: to guess the mean costs 1, near the ln 2 and ln 3 of blind guesses at classes."""
         return float(self.train_labels.var()) if np.ptp(self.train_labels) else 1.0
 
 
@@ -350,7 +350,7 @@ def rows_of_steps(lengths, batch_size, seed, task, window=32, start=0):
     def one_pass(epoch):  # (n,)
         generator = np.random.default_rng((seed, zlib.crc32(task.encode()), epoch))
         shuffled = generator.permutation(n)
-        head = -epoch * n % batch_size  # epoch * n rows came before: so many fill up the batch that they left begun
+        head = -epoch * n % batch_size  # rows that complete the batch which the epoch * n rows before left begun
         parts = [shuffled[:head]]
         for first in range(head, n, window * batch_size):
             part = shuffled[first : first + window * batch_size]

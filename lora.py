@@ -1,7 +1,7 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
 Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
-`transformers` model included (not where a weight is read past its layer's forward, as that of T5's `wo` is):
+`transformers` model included (but for layers that are not called: T5 reads the weight of its `wo`, too):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(r, base.in_features, **like))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.tasks = None  # while `per_task` lasts: (every task's A, every task's B, sizes)
+        self.tasks = None  # within `per_task`: every task's A (T, r, in) and B (T, out, r), and sizes
         self.train(base.training)
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -94,9 +94,9 @@ def matching(module, plain, target):
 def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslora=False):
     """Freeze `module` (give it the encoder, not the heads) and replace its target layers by `LoRALinear`.
 
-    targets: names, as in peft: an `nn.Linear` is meant if its path is one of them, or ends in "." and one of them;
+    targets: names, as in peft: an `nn.Linear` is meant if its path is one of them, or ends in a dot and one of them;
     "all-linear": every one but the output layer, or else a top-level classifier, score or qa_outputs; None: query and
-    value by their family's names. layers: only these, the first number inside a path. Returns {path: LoRALinear}.
+    value by their family's names. layers: only these, by the first number in a path. Returns {path: LoRALinear}.
     Raises ValueError, changing nothing: no targets, targets or layers not found, LoRA already, a bad rank or dropout.
     """
     if isinstance(module, nn.Linear):
@@ -134,7 +134,7 @@ def lora_layers(model):
 
 
 def lora_parameters(model):
-    """Every A and B, one that layers share once: A1, B1, A2, B2, ..."""
+    """Every A and B (one that layers share, once): A1, B1, A2, B2, ..."""
     return list(dict.fromkeys(factor for layer in lora_layers(model).values() for factor in (layer.A, layer.B)))
 
 
@@ -158,10 +158,10 @@ def blocks(model, unit="tensor", factors="AB"):
 def per_task(model, sizes):
     """Every task's own gradient of A and B out of one backward pass over a batch that stacks the tasks' sequences.
 
-        with per_task(model, sizes=[16, 16, 8]) as grads:     # the first 16 sequences are task 0's, ...
+        with per_task(model, sizes=[16, 16, 8]) as views:     # the first 16 sequences are task 0's, ...
             loss = ...                                        # the sum of the tasks' losses
             loss.backward()                                   # in here: gradient checkpointing runs forward again
-        grads[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
+        views[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
     Each task gets its own view of the factors, A as (T, r, in), at the values and the cost of the one. Yields {factor:
     its view} of the trained ones, for `OrthoLoRA.collect_stacked`; for a factor in no block the caller adds

@@ -1,11 +1,11 @@
 """LoRI: h = W0 x + b + scale * (B ⊙ M) A x, with A a frozen random projection and M a sparse 0/1 mask on B.
 
 Zhang et al. 2025, arXiv 2504.07448. A, half of LoRA's parameters where a layer is square, is not trained at all, and of
-B only its largest tenth. Adapters whose A are drawn independently are nearly orthogonal, its reason to add them;
+B only its largest tenth. Adapters whose A are drawn independently are nearly orthogonal, so LoRI adds them up;
 adapters on one A with sparse masks can be trained one after the other.
 
     freeze_A(model, seed=task_seed)                     LoRI-D: only B trains; the usual loop
-    masks = magnitude_masks(model, sparsity=0.9)        its largest entries; then LoRI-S starts over on the same A:
+    masks = magnitude_masks(model, sparsity=0.9)        B's largest entries; then LoRI-S starts over on the same A:
     for layer in lora_layers(model).values(): torch.nn.init.zeros_(layer.B)
     masked = MaskedB(model, masks)
     optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-3)
@@ -13,7 +13,7 @@ adapters on one A with sparse masks can be trained one after the other.
 
 Works on any module with `LoRALinear` layers. Masks are {path: bool (out, r)}, adapters {path: (A, B, scale)}: plain
 data. Choices that are ours, since the released code leaves them to chance: A is seeded; a mask has exactly k entries.
-Needs torch and lora.py alone (inside a package: `from .lora import`), whose `peft_adapter` is the way to save.
+Needs torch and lora.py alone (inside a package: `from .lora import`). To save: `lora.peft_adapter`.
 Apache-2.0; from the reference implementation of Ortho-LoRA (arXiv 2601.09684) and LoRI (arXiv 2504.07448).
 """
 
@@ -27,6 +27,12 @@ from lora import LoRALinear, lora_layers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRI-D: a frozen random A
+
+
+def layers_of(model):  # {path: LoRALinear}, at least one
+    if layers := lora_layers(model):
+        return layers
+    raise ValueError("the model has no LoRA layers")
 
 
 @torch.no_grad()
@@ -48,12 +54,6 @@ def freeze_A(model, seed):
     draw_A(model, seed)
     for layer in layers_of(model).values():
         layer.A.requires_grad_(False).grad = None  # an optimizer that knows A would still step along its last gradient
-
-
-def layers_of(model):
-    if layers := lora_layers(model):
-        return layers
-    raise ValueError("the model has no LoRA layers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def magnitude_masks(model, sparsity=0.9, exclude=None):
     """Where |B| is largest: {path: bool (out, r)}, with exactly k = round((1 - sparsity) N) entries true.
 
     All N entries of all B are compared with one another, so some B may get many and some none.
-    exclude: masks, or a list of them, whose entries can't be used again: the new mask is disjoint. N counts them still.
+    exclude: masks, or a list of them, from which the new one is to be disjoint. N counts their entries, too.
     Raises ValueError: sparsity outside [0, 1), a k of 0, too few entries left, B all zero.
     """
     if not 0 <= sparsity < 1:
@@ -145,7 +145,7 @@ class ScatterB(nn.Module):
     def forward(self, active):
         return self.fixed.flatten().scatter(0, self.index, active).view_as(self.fixed)
 
-    def right_inverse(self, B):
+    def right_inverse(self, B):  # (out, r) -> (n,), which register_parametrization calls
         return B.detach().flatten()[self.index]
 
 
@@ -185,7 +185,7 @@ class MaskedB:
         """Make every B a plain `nn.Parameter` with its current value, trainable if it was before."""
         for path, layer in self.layers.items():
             if parametrize.is_parametrized(layer, "B"):  # not removed before
-                layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # copies share theirs
+                layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # copies share one
                 parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
                 layer.B.requires_grad_(self.was_trained[path]).grad = None
 

@@ -3,7 +3,7 @@
 BERT, RoBERTa / XLM-R and DistilBERT are one architecture (post-norm Transformer encoder, arXiv 1810.04805) under
 different names. Every module here sits at the path that Hugging Face gave it, so a checkpoint's tensor names are ours,
 LoRA targets are called what everyone calls them ("query", "q_lin"), and adapter files need no renaming. All sizes come
-from `config.json`; nothing is guessed.
+from `config.json`; what it may leave out is in OPTIONAL.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ class Config:
 def read_config(raw, where="config.json"):
     """Config from the dictionary in a `config.json`. Raises BadInput, naming the key and its value."""
     family = raw.get("model_type")
-    if family not in list(FAMILIES):  # a list can be asked for anything, an unhashable value too
+    if family not in list(FAMILIES):  # a list: what the file says may be unhashable
         raise BadInput(f"{where}: model_type {shown(family)} is none of {', '.join(FAMILIES)}")
     for key, plain in ("position_embedding_type", "absolute"), ("is_decoder", False):
         if raw.get(key, plain) != plain:
@@ -148,7 +148,7 @@ class Layer(nn.Module):
         super().__init__()
         self.heads, self.act = c.num_attention_heads, ACTIVATIONS[c.hidden_act]
         self.dropout, self.attention_dropout = c.hidden_dropout_prob, c.attention_probs_dropout_prob
-        self.attended_dropout = 0.0 if c.model_type == "distilbert" else c.hidden_dropout_prob  # it has none there
+        self.attended_dropout = 0.0 if c.model_type == "distilbert" else c.hidden_dropout_prob  # there: none
         self.paths = FAMILIES[c.model_type][3]
         width, inner = c.hidden_size, c.intermediate_size
         sizes = {"up": (width, inner), "down": (inner, width)}
@@ -161,7 +161,7 @@ class Layer(nn.Module):
     def forward(self, x, mask, tokens=None):
         """x: (batch, length, width) -> the same, or its first `tokens` alone; mask: as for `attention`."""
         at = {part: self.get_submodule(path) for part, path in self.paths.items()}
-        kept = x[:, :tokens]  # (batch, tokens, width): these read from all of x
+        kept = x[:, :tokens]  # (batch, tokens, width): they attend to all of x
         q, k, v = at["query"](kept), at["key"](x), at["value"](x)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (batch, heads, n, d)
         p = self.attention_dropout if self.training else 0.0
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         else:
             positions = torch.arange(length, device=input_ids.device)[None]  # (1, length)
         x = e.word_embeddings(input_ids) + e.position_embeddings(positions)  # (batch, length, width)
-        if c.type_vocab_size:  # with one type only, as RoBERTa has, what a tokenizer says is ignored
+        if c.type_vocab_size:  # where there is one type, as in RoBERTa, the tokenizer's are ignored
             types = torch.zeros_like(input_ids) if token_type_ids is None or c.type_vocab_size == 1 else token_type_ids
             x = x + e.token_type_embeddings(types)
         x = F.dropout(e.LayerNorm(x), c.hidden_dropout_prob, self.training)

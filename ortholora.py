@@ -7,8 +7,8 @@ For every block of parameters (in Ortho-LoRA every LoRA factor, each A and each 
 and the optimizer gets sum_i v_i. The method: arXiv 2601.09684; the rule: PCGrad, arXiv 2001.06782.
 
 This file needs torch alone and is meant to be pasted. It reads in three steps: `project_conflicting` is the textbook,
-`projection_coefficients` the same for all blocks at once, `OrthoLoRA` the bookkeeping around `loss.backward()`.
-Apache-2.0, from "Ortho-LoRA and LoRI: a reference implementation", whose test_ortholora.py specifies it.
+`projection_coefficients` the same for all blocks at once, `OrthoLoRA` the bookkeeping around `loss.backward()`; the
+rest serves these. Apache-2.0, from "Ortho-LoRA and LoRI: a reference implementation"; test_ortholora.py specifies it.
 """
 
 import torch
@@ -20,15 +20,15 @@ def project_conflicting(grads, order, sequential=False):
     grads: (T, n), row i is g_i. order: (T, T - 1), row i names the other tasks in the order in which g_i meets them.
     Returns (T, n), row i is v_i. The g_j that v_i is held against is the original one (PCGrad's rule);
     `sequential=True` takes what has become of it so far, v_j, instead. Needs no epsilon: a zero g_j is in conflict with
-    nobody, and one so short that its square is zero in this dtype counts as zero (a square may overflow, too: cast up).
+    nobody, and one so short that its square is zero in this dtype counts as zero (squares may overflow: cast up).
     """
     v = grads.clone()
     references = v if sequential else grads
     for i, others in enumerate(order):
         for j in others:
-            dot, size = v[i] @ references[j], references[j] @ references[j]
-            if dot < 0 and size > 0:
-                v[i] -= dot / size * references[j]
+            dot, square = v[i] @ references[j], references[j] @ references[j]
+            if dot < 0 and square > 0:
+                v[i] -= dot / square * references[j]
     return v
 
 
@@ -48,26 +48,26 @@ def projection_coefficients(gram, order):
         place = j.expand(len(gram), -1)[..., None]  # (blocks, T, 1)
         c = c_v.gather(2, place).clamp_(min=0)
         C.scatter_(2, place, c)  # v_i += c g_j: i meets j once, so C_ij was 0
-        c_v.addcmul_(c, c_g[:, j])  # c_v is linear in v_i, and of g_j it is c_g's row j
+        c_v.addcmul_(c, c_g[:, j])  # v_i grew by c g_j, so c_v by c times c_g's row j
     return C
 
 
 def sequential_coefficients(gram, order):
-    """C in gram's dtype, where v_i meets v_j, not g_j, task by task. A v_j that is rounding error counts as zero."""
+    """The same where v_i meets v_j, not g_j; C in gram's dtype. A v_j that is only rounding error counts as zero."""
     C = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     noise = 100 * torch.finfo(gram.dtype).eps * gram.diagonal(dim1=1, dim2=2)  # (blocks, T)
     for i, others in enumerate(torch.as_tensor(order).tolist()):
         for j in others:
             along = (gram * C[:, j, None]).sum(2)  # (blocks, T): <g_k, v_j>
-            dot, size = (C[:, i] * along).sum(1), (C[:, j] * along).sum(1)  # (blocks,): <v_i, v_j>, |v_j|^2
-            c = -dot / torch.where(size > noise[:, j], size, torch.inf)
+            dot, square = (C[:, i] * along).sum(1), (C[:, j] * along).sum(1)  # (blocks,): <v_i, v_j>, |v_j|^2
+            c = -dot / torch.where(square > noise[:, j], square, torch.inf)
             C[:, i] += c.clamp_(min=0)[:, None] * C[:, j]
     return C
 
 
 def gram_matrix(grads):
-    """<g_i, g_j> in each block, (k, T, n) -> (k, T, T), in float64: neither autocast nor TF32 touches it, and no square
-    of a float32 over- or underflows, but on mps (float32). Summed by pieces of n: no whole copy."""
+    """<g_i, g_j> in each block, (k, T, n) -> (k, T, T), in float64 (on mps float32): no square of a float32 over- or
+    underflows, and neither autocast nor TF32 touches it. Summed by pieces of n, without a copy of the whole."""
     k, T, n = grads.shape
     dtype = torch.float32 if grads.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     gram = torch.zeros(k, T, T, dtype=dtype, device=grads.device)
@@ -81,8 +81,8 @@ def gram_matrix(grads):
 def balance(rows):
     """Scale every task's row of `OrthoLoRA.rows`, (T, P), in place to the mean norm of the tasks that have a gradient.
 
-    For between `collect` and `project`. Not the paper's, but after DB-MTL (arXiv 2308.12029): else short gradients are
-    drowned, in conflict or not. A row of zeros, or that is not finite, stays so, out of the mean. Waits for nothing.
+    Call it between `collect` and `project`. Not the paper's, but after DB-MTL (arXiv 2308.12029): else long gradients
+    drown short ones, in conflict or not. Rows of zeros or not finite stay so, out of the mean. Waits for nothing.
     """
     norms = gram_matrix(rows[:, None])[:, 0, 0].sqrt()  # (T,), as T blocks of one task
     norms = norms.where(norms.isfinite(), 0.0)
@@ -91,7 +91,7 @@ def balance(rows):
 
 
 class Conflicts:
-    """What one `project()` saw, worked out when asked, on the device, where it stays until someone reads it. T tasks.
+    """What one `project()` of T tasks saw: tensors on the device, worked out when asked for; only reading them waits.
 
     cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
@@ -168,7 +168,7 @@ class OrthoLoRA:
     blocks: a list of lists of parameters. The tensors of one inner list are projected as one vector, so the unit of
     projection is data: [[A1], [B1], [A2], ...] is Ortho-LoRA, [[A1, A2, ...], [B1, B2, ...]] by factor, [[everything]]
     PCGrad. A parameter in no block (a task's head, a frozen factor) is never touched: its gradients just add up.
-    weights: one number per task, g_t = w_t dL_t in the blocks (default 1); may be changed later. generator: draws the
+    weights: one per task, g_t = weights[t] dL_t (default 1), not those of Conflicts; may change. generator: draws the
     order, on the CPU; by default one of its own, seeded 0, so that every process draws the same. sequential: v_i meets
     v_j, not g_j. `rows` (T, P) may be averaged or rescaled before `project`. Raises ValueError: unfit blocks.
     """
@@ -204,7 +204,7 @@ class OrthoLoRA:
         self.made = [(tuple(p.shape), p.dtype) for p in self.parameters]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
         self.rows = torch.zeros(num_tasks, sum(sizes), dtype=dtype, device=parameters[0].device)  # (T, P)
-        self.places = torch.tensor(layout, device=self.rows.device).argsort()  # [b]: where rows have the caller's b
+        self.places = torch.tensor(layout, device=self.rows.device).argsort()  # [b]: in rows, the caller's block b
 
     def __setstate__(self, state):
         vars(self).update(state, rows=state["rows"].clone())  # torch.multiprocessing would share the sender's memory
@@ -220,7 +220,7 @@ class OrthoLoRA:
     def collect(self, task):
         """After `task`'s backward(): add each parameter's .grad to the task's row, and clear it, without waiting.
 
-        Once for each micro-batch, not for an absent task; to give up a step, `ortho.rows.zero_()`. ValueError: no such
+        Call it once per micro-batch, not for an absent task; `ortho.rows.zero_()` gives up a step. ValueError: no such
         task; RuntimeError: no .grad, or still the one that `project` wrote; another shape, dtype or device.
         """
         if task not in range(self.num_tasks):
@@ -247,7 +247,7 @@ class OrthoLoRA:
         for p in self.parameters:
             grads[p].grad = None
 
-    def _check(self):
+    def _check(self):  # raises where a parameter was moved, cast or reshaped, or .grad is still project's
         for p, (shape, dtype) in zip(self.parameters, self.made, strict=True):
             if tuple(p.shape) != shape or p.dtype != dtype or p.device != self.rows.device:
                 raise RuntimeError(
@@ -274,7 +274,7 @@ class OrthoLoRA:
         """Write sum_i v_i into .grad (zeros where no task had one; none where frozen), clear rows; return Conflicts.
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
-        rows add up, and are watched. What isn't finite makes .grad not finite, so GradScaler skips the step. With
+        rows just add up, measured. What isn't finite makes .grad not finite, so GradScaler skips the step. With
         one task or no conflict a float32 .grad is the plain sum. ValueError: another order; RuntimeError: a .grad left.
         """
         T = self.num_tasks
@@ -299,9 +299,9 @@ class OrthoLoRA:
                 torch.mul(g_j, w_j, out=out) if j == 0 else out.addcmul_(g_j, w_j)
         self.rows.zero_()
         for p, grad in zip(self.parameters, self._per_parameter(total), strict=True):
-            grad = grad.to(p.dtype) if p.is_contiguous() else torch.empty_like(p).copy_(grad)  # fused wants p's strides
+            grad = grad.to(p.dtype) if p.is_contiguous() else torch.empty_like(p).copy_(grad)  # p's strides, for fused
             if p.requires_grad:  # one that was frozen since is left alone
-                p.grad, grad.projected = grad, True  # `_check` finds it where it should be gone
+                p.grad, grad.projected = grad, True  # `_check` raises where it is still there
         return Conflicts(gram[self.places], C[self.places], self.blocks)
 
     def random_order(self):

@@ -56,7 +56,7 @@ def one_block(*grads, **options):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rule, by hand
+# The rule, by hand: g1 is task 0's gradient, g2 task 1's, ...
 
 
 def test_two_conflicting_gradients():
@@ -71,7 +71,7 @@ def test_sequential_reference_differs():
     grads, order = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), [[1], [0]]
     v = project_conflicting(grads, order, sequential=True)
     assert v.sum(0).tolist() == [-0.5, 1.5]
-    C = sequential_coefficients((grads @ grads.mT)[None], order)  # a list, as its siblings take it
+    C = sequential_coefficients((grads @ grads.mT)[None], order)  # order may be a list here, too
     assert torch.equal(C[0] @ grads, v)
 
 
@@ -98,7 +98,7 @@ def test_order_matters_for_three():
 
 @pytest.mark.parametrize("T", range(1, 9))
 @pytest.mark.parametrize("n", [1, 2, 7, 300])
-@pytest.mark.parametrize("shift", [0.0, 0.5, -0.5])  # few conflicts, half of them, many against one task
+@pytest.mark.parametrize("shift", [0.0, 0.5])  # half of the pairs conflict; fewer, most with the last task
 def test_textbook_equals_torchjd(T, n, shift):
     torch.manual_seed(1000 * T + n)
     grads = torch.randn(T, n) + shift * torch.randn(1, n) * torch.cat([torch.ones(T - 1, 1), -torch.ones(1, 1)])
@@ -538,7 +538,7 @@ def test_projection_is_a_reweighting(sequential):
     parameters, ortho, grads = make(5, SHAPES[:-1], sequential=sequential)
     collect(ortho, parameters, grads)
     weights = ortho.project().weights
-    assert sequential or (weights >= 1).all()
+    assert (weights >= 1).all()
     for block, w, rows in zip(ortho.blocks, weights, rows_of_blocks(ortho, parameters, grads), strict=True):
         torch.testing.assert_close(update_of(block), (w @ rows.double()).float(), atol=1e-5, rtol=1e-5)
 

@@ -223,7 +223,7 @@ def build(method, frozen, tasks, seed, s):
     where an A of its own is wanted (LoRI's adapters, to be merged), it depends on the seed and the tasks.
     """
     torch.manual_seed(seed)
-    shared = {id(p): p for p in frozen.parameters()}  # modules of its own, the same weights
+    shared = {id(p): p for p in frozen.parameters()}  # what deepcopy is not to copy: the weights
     model = MultiTaskModel(copy.deepcopy(frozen, shared), {})
     try:
         targets = [t.strip() for t in s.targets.split(",")] if s.targets else None
@@ -298,14 +298,14 @@ def stacked(model, batches, ortho, seed):
     """One pass for all tasks' sequences, with their gradients kept apart. Returns every task's loss, (T,)."""
     (batch,) = batches
     torch.manual_seed(seed)
-    with lora.per_task(model.encoder, batch.sizes) if ortho else contextlib.nullcontext() as grads:
+    with lora.per_task(model.encoder, batch.sizes) if ortho else contextlib.nullcontext() as views:
         losses = task_losses(model, batch)
         sum(data.weight * loss for data, loss in zip(batch.tasks, losses, strict=True)).backward()
     if ortho:
-        ortho.collect_stacked(grads)
-        for p, own in grads.items():
-            if own.grad is not None:  # a factor in no block: its gradients just add up
-                p.grad = own.grad.sum(0)
+        ortho.collect_stacked(views)
+        for p, view in views.items():
+            if view.grad is not None:  # a factor in no block: its gradients just add up
+                p.grad = view.grad.sum(0)
     return torch.stack(losses).detach()
 
 
@@ -366,6 +366,7 @@ def train(unit, model, tasks, encoder, s, log, bar):
     for step, batches in zip(range(start, s.steps), stream, strict=False):
         optimizer.zero_grad()
         losses, conflicts = gradients(unit.method, model, batches, ortho, seed_of(unit.seed, step), s)
+        # without a .grad a parameter has the norm of an empty tensor: 0
         norms = torch.stack(torch._foreach_norm([losses[:0] if p.grad is None else p.grad for p in trained.values()]))
         torch.nn.utils.clip_grads_with_norm_(trained.values(), s.clip or math.inf, norms.norm())
         for group in optimizer.param_groups:
@@ -398,7 +399,8 @@ def train(unit, model, tasks, encoder, s, log, bar):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A unit (of support/runs.py, not --unit's): one method and seed, and one task where each has its own adapter
+# A unit (of support/runs.py, not --unit's): one method and seed, and one task where each has its own adapter.
+# encoder: in float32, for scores; frozen: the same weights in --dtype, for trainings
 
 
 def run(unit, encoder, frozen, tasks, s, bar):
@@ -532,7 +534,7 @@ def compare(s, given, argv, workers):
     resolve(s)
     workers.start(s.jobs)  # so that they import while this loads
     encoder, frozen, tasks = load_or_demo(s, given)
-    workers.start(s.jobs)  # the demo has more
+    workers.start(s.jobs)  # a demo has --jobs of its own
     if s.jobs > 1 or s.demo:  # so that the number of cores changes no digit
         torch.set_num_threads(1)
     s.out = s.out or agreed(lambda: runs.new_out("demo" if s.demo else Path(s.model).name))

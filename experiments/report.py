@@ -255,8 +255,8 @@ def weight_table(rows, tasks):
     said = ", ".join(f"{t} {x}" for t, x in zip(tasks, norms, strict=False))
     note = (
         f"Lengths of the tasks' gradients, `{of}`, first → last fifth: {said}. Lengths, weights and what is changed, "
-        "|v − g| / |g|, are medians of seeds, of means over steps, which for a weight a few steps with hardly a "
-        "gradient can make; conflicts and cosines are means."
+        "|v − g| / |g|, are medians over seeds, of means over steps (a few steps with hardly a gradient can make a "
+        "weight huge); conflicts and cosines are means."
     )
     if any("balanced" in line[0] for line in table):
         note += " Of balanced gradients, a weight comes on top of the factor that balances."

@@ -376,7 +376,7 @@ def resume(unit, trained, optimizer, watch, log):
     return info["step"], info["seconds"]
 
 
-FIFTHS = 5  # of the training, for what changes on its way
+FIFTHS = 5  # parts of a training, to see what changes on its way
 
 
 class Watch:
@@ -388,11 +388,11 @@ class Watch:
     def __init__(self, tasks, trained, steps, device):
         self.tasks, self.trained, self.steps = list(tasks), list(trained), steps
         self.sums = None  # conflicts and cosines (blocks, T, T), removed (blocks, T)
-        self.fifths = torch.zeros(FIFTHS, 1 + 2 * len(tasks), device=device)  # rate; effective weights; norms
-        self.bad = torch.zeros(1 + len(tasks) + len(self.trained), device=device)  # that step, its losses and norms
+        self.fifths = torch.zeros(FIFTHS, 1 + 2 * len(tasks), device=device)  # rate; effective weights; tasks' norms
+        self.bad = torch.zeros(1 + len(tasks) + len(self.trained), device=device)  # that step, losses, p's norms
         self.good = torch.ones((), dtype=torch.bool, device=device)  # there was none so far
 
-    def see(self, step, losses, norms, conflicts):
+    def see(self, step, losses, norms, conflicts):  # losses: the tasks'; norms: the parameters'
         seen = torch.cat([losses.new_full((1,), step), losses, norms])
         first = self.good & ~seen.isfinite().all()
         self.good, self.bad = self.good & ~first, torch.where(first, seen, self.bad)
