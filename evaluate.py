@@ -123,8 +123,10 @@ def described(folder, args, alone):
         raise BadInput(f"--tasks {args.tasks}: one adapter is for one task, out of {', '.join(TASKS)}")
     if found["task"] not in TASKS:
         raise BadInput(f"{folder} does not say its task; score it alone, with --tasks out of {', '.join(TASKS)}")
-    if not found["model"] or not isinstance(found["model"], str):
-        raise BadInput(f"{folder} does not say its base model; give it with --model")
+    for name in ("model", "revision", "glue"):  # what a stranger's file says goes into paths, and onto the screen
+        said = found[name]
+        if not isinstance(said, str) or not said.isprintable() or not 0 < len(said) <= 1000:
+            raise BadInput(f"{folder} does not say its {name}, but {shown(said)}; give it with --{name}")
     if not re.fullmatch("[0-9]{1,9}", str(found["max_length"])):
         raise BadInput(f"{folder}: max length {shown(found['max_length'])} is no number of tokens; give --max-length")
     held = re.fullmatch("[1-9][0-9]{0,8}", metadata.get("holdout", ""))
@@ -135,15 +137,14 @@ def described(folder, args, alone):
 def check(about, submit):
     """Raises BadInput where a split is missing, or two adapters would write one file. Nothing is scored yet."""
     for said in about:
-        if not TASKS[said["task"]].validation and not submit:
-            raise BadInput(
-                f"{said['task']} has no labels to score by; for the leaderboard's file, give --submit FOLDER"
-            )
-        there, wanted = read_splits(said["task"], said["glue"], only=()), TASKS[said["task"]].test if submit else ()
-        if missing := [split for split in wanted if split not in there]:
-            raise BadInput(f"{said['task']} in {said['glue']} has no split {missing[0]!r}; it has {', '.join(there)}")
-        if not submit and not set(TASKS[said["task"]].validation) & there.keys():
-            raise BadInput(f"{said['task']} in {said['glue']} has no validation split; it has {', '.join(there)}")
+        task, source = TASKS[said["task"]], said["glue"]
+        if not task.validation and not submit:
+            raise BadInput(f"{task.name} has no labels to score by; for the leaderboard's file, give --submit FOLDER")
+        there = read_splits(task.name, source, only=())
+        if missing := [split for split in task.test if submit and split not in there]:
+            raise BadInput(f"{task.name} in {source} has no split {missing[0]!r}; it has {', '.join(there)}")
+        if not submit and not set(task.validation) & there.keys():
+            raise BadInput(f"{task.name} in {source} has no validation split; it has {', '.join(there)}")
     tasks = [said["task"] for said in about]
     if submit and len(set(tasks)) < len(tasks):
         twice = next(task for task in tasks if tasks.count(task) > 1)

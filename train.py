@@ -530,7 +530,7 @@ def resolve(s):
 def compare(s, given, argv, workers):
     """Run every unit that is not finished, in the workers with --jobs, and print the table."""
     if s.out:  # before anything is loaded
-        agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo)))
+        agreed(lambda: runs.refuse_taken(Path(s.out), s.resume, runs.again(argv, s.out, s.demo or runs.is_demo(s.out))))
     resolve(s)
     workers.start(s.jobs)  # so that they import while this loads
     encoder, frozen, tasks = load_or_demo(s, given)

@@ -138,13 +138,14 @@ def run(unit, encoder, frozen, tasks, s, bar):
 
 def report(out):
     """Write OUT/results.json out of what is finished, and return its table."""
-    about, methods = read_json(out / "settings.json"), {}
-    for method in METHODS:
-        for seed, folder in table.seed_folders(out, method).items():
-            if (folder / "result.json").exists():
-                methods.setdefault(method, {})[str(seed)] = read_json(folder / "result.json")
-    kept = {name: about[name] for name in ("settings", "tasks", "majority")}
-    write_text(out / "results.json", json.dumps(kept | {"methods": methods}, indent=1) + "\n")
+    with runs.locked(out, wait=True):  # another process, with seeds of its own, may write it, too
+        about, methods = read_json(out / "settings.json"), {}
+        for method in METHODS:
+            for seed, folder in table.seed_folders(out, method).items():
+                if (folder / "result.json").exists():
+                    methods.setdefault(method, {})[str(seed)] = read_json(folder / "result.json")
+        kept = {name: about[name] for name in ("settings", "tasks", "majority")}
+        write_text(out / "results.json", json.dumps(kept | {"methods": methods}, indent=1) + "\n")
     rows = [["method", "average", "forgetting"]]
     for method, found in methods.items():
         columns = ([entry[name] for entry in found.values()] for name in ("average", "forgetting"))

@@ -143,7 +143,8 @@ def main(argv=None, typed=None, script="experiments/controls.py", about=__doc__)
             ortholora.projection_coefficients = {"agree": agree, "late": late(), "shuffled": shuffled}[s.control]
         status = train.main(argv)
         if not status:
-            write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")
+            with runs.locked(Path(s.out), wait=True):
+                write_text(Path(s.out) / "losses.json", json.dumps(losses(s), indent=1) + "\n")
         return status
     except (BadInput, OSError) as e:
         print(f"{Path(script).name}: {e}", file=sys.stderr)

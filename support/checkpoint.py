@@ -175,7 +175,7 @@ def read_header(path):
 
     entries = {}
     for name, entry in header.items():
-        if not name.isprintable():  # it will be: no line break, no half of a character
+        if not name.isprintable():  # messages print it: no line break, no half of a character
             raise bad(f"tensor {shown(name)} has no printable name")
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]

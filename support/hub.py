@@ -97,13 +97,14 @@ def find_checkpoint(path_or_id, revision="main"):
 
     Raises BadInput for a folder that isn't there, HubError for all that can go wrong with the Hub.
     """
+    path_or_id = str(path_or_id)
     folder = os.path.expanduser(path_or_id)
     if os.path.isdir(folder):
         return Path(folder)
-    if looks_like_path(str(path_or_id)) or os.path.exists(folder):
+    if looks_like_path(path_or_id) or os.path.exists(folder):
         raise BadInput(f"there is no model folder {path_or_id}")
 
-    trouble = ask_hub("model", str(path_or_id), "config.json", revision)  # then the cache is all there is
+    trouble = ask_hub("model", path_or_id, "config.json", revision)  # then the cache is all there is
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download, logging, try_to_load_from_cache
 
@@ -168,7 +169,7 @@ FORMATS[".csv"] = {"keep_default_na": False, "na_values": [""]}  # "None" and "n
 def split_files(folder):
     """{split: its files} of a folder with train-00000-of-00001.parquet, validation.csv, test.jsonl or the like.
 
-    A backup is no part of a split: train.old.csv would be a split of its own, which nobody asks for.
+    A backup such as train.old.csv would be a split of its own, which nobody asks for.
     """
     splits = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -181,7 +182,11 @@ def read_split(folder, split, files):
     """A datasets.Dataset of files alone: beside others, it would get the first one's columns, and names of labels.
 
     `datasets` takes a file of the same path and time for the same; so the cache's place is named by what is in it.
+    Raises BadInput where the files are not all of one split's, so that none is read twice, or left out.
     """
+    parts = {int(m[1]) if (m := re.search(r"-of-(\d+)", file)) else 1 for file in files}
+    if parts != {len(files)}:
+        raise BadInput(f"{split} is {', '.join(files)}, not one file, or all of its -of-N")
     import datasets
 
     paths = [folder.absolute() / file for file in files]
@@ -194,10 +199,10 @@ def read_split(folder, split, files):
     )[split]
 
 
-def read_splits(name, source, only=None):
+def read_splits(name, source, only):
     """{split: datasets.Dataset} of a task, from a local folder or else from the Hub or its cache.
 
-    only: those to read, if not all; what else a folder has files of is there as None.
+    only: those to read; what else a local folder has files of is there as None, and all that the Hub has is read.
     Raises BadInput for a folder or task that isn't there or can't be read, HubError for all that can fail at the Hub.
     """
     source, folder = str(source), Path(os.path.expanduser(source))
@@ -216,7 +221,7 @@ def read_splits(name, source, only=None):
             # A folder for each task first: what a README names `datasets` caches by that README alone, so that changed
             # files, or another folder of the same name, would give the old rows.
             if files := split_files(folder / name):
-                return {x: read_split(folder / name, x, files[x]) if only is None or x in only else None for x in files}
+                return {x: read_split(folder / name, x, files[x]) if x in only else None for x in files}
             configs = datasets.get_dataset_config_names(str(folder))  # as the folder's README has them
             if name in configs:
                 return datasets.load_dataset(str(folder), name)
@@ -232,4 +237,5 @@ def read_splits(name, source, only=None):
         tasks = re.findall(r"'(\w+)'", str(e).partition("Available")[2])
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
-    raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or 'none'}")
+    looked = f"none in TASK/SPLIT{', '.join(FORMATS)}" if folder.is_dir() else "none"
+    raise BadInput(f"{source} has no task {name!r}; it has {', '.join(tasks) or looked}")

@@ -57,7 +57,7 @@ def together():
     """
     try:
         yield
-    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):  # torch 2.6 has one
+    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)):  # 2.6 has no second
         raise
     except RuntimeError as e:
         raise ConnectionError(f"another process has ended: {str(e).splitlines()[0]}") from None
@@ -178,7 +178,7 @@ class Unit:
 
     @property
     def ready(self):
-        """Whether all that it is made of is there. What others are made of are adapters of the tasks' own."""
+        """Whether all that it is made of is there. A source has an adapter per task, so one result.json per task."""
         return not self.source or all((self.adapter(t, self.source) / "result.json").exists() for t in self.tasks)
 
     def finish(self, result, timing):
@@ -223,7 +223,7 @@ def locked(folder, wait=False):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise BadInput(f"another process is at work on {folder}; let it end, or leave that part to it") from None
-        for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # OUT's own; units have locks
+        for path in folder.glob(".*.tmp") if wait else folder.rglob(".*.tmp"):  # units have own locks
             if re.search(r"\.\d+\.tmp$", path.name):  # as atomic_write has it
                 path.unlink(missing_ok=True)
         yield
@@ -249,10 +249,10 @@ def is_demo(out):
     return read_json(path).get("demo") if out and path.exists() else None
 
 
-def refuse_taken(out, resume, again):
-    """Raises BadInput where there is a run in `out` and nobody said --resume; `again`: the command that would go on."""
+def refuse_taken(out, resume, go_on):
+    """Raises BadInput where there is a run in `out` and nobody said --resume; `go_on`: the command that would go on."""
     if (out / "settings.json").exists() and not resume:
-        raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {again}")
+        raise BadInput(f"--out {out} has a run in it; to go on with it, or to add to it: {go_on}")
     units = [path for path in out.glob("*/seed[0-9]*") if not path.parent.is_symlink()]  # merging.py links a method
     for path in (out / "results.json", out / "results.md", *units):
         if path.exists() and not (out / "settings.json").exists():
@@ -260,7 +260,7 @@ def refuse_taken(out, resume, again):
             raise BadInput(f"--out {out} has a {found}, and no settings.json that says of what; choose another folder")
 
 
-def open_out(out, settings, facts, about, resume, again):
+def open_out(out, settings, facts, about, resume, go_on):
     """Make the out folder, with its settings.json, or hold what binds it, settings and facts, against what is there.
 
     about binds nothing; of it, methods that are newer than the folder are added. All three are as JSON has them. Raises
@@ -269,23 +269,23 @@ def open_out(out, settings, facts, about, resume, again):
     path, text = out / "settings.json", json.dumps({"settings": settings, "facts": facts, **about}, indent=1)
     try:
         with locked(out, wait=True):
-            refuse_taken(out, resume, again)
+            refuse_taken(out, resume, go_on)
             if not path.exists():
                 write_text(path, text + "\n")
     except OSError as e:
         raise BadInput(f"--out {out} can't be written: {e.strerror}") from None
     known, bound = read_json(path), settings | facts
-    if not all(isinstance(known.get(part), dict) for part in ("settings", "facts")):
+    if not all(isinstance(known.get(part), dict) for part in ("settings", "facts", "methods")):
         raise BadInput(f"{path} was not written by train.py; choose another folder")
     there = known["settings"] | known["facts"]
     for what in there | bound:
         if (old := there.get(what)) != (new := bound.get(what)):
             hint = " (1 with --jobs; else OMP_NUM_THREADS sets it)" if what == "threads" else ""
             raise BadInput(f"--out {out}: {what} was {old!r} and is {new!r}{hint}; choose another folder for that")
-    if about.get("methods", {}).keys() - known.get("methods", {}).keys():
+    if about["methods"].keys() - known["methods"].keys():
         with locked(out, wait=True):
             known = read_json(path)
-            known["methods"] = about["methods"] | known.get("methods", {})
+            known["methods"] = about["methods"] | known["methods"]
             write_text(path, json.dumps(known, indent=1) + "\n")
 
 
@@ -298,7 +298,7 @@ def facts(encoder, tasks):
     for data in tasks:
         rows = np.concatenate([np.asarray(ids + types, np.int32) for ids, types in data.train + data.validation])
         labels = np.concatenate([data.train_labels, data.validation_labels])
-        found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data))
+        found[f"the data of {data.name}"] = zlib.crc32(rows.data, zlib.crc32(labels.data, len(data.train)))
     return found
 
 
@@ -324,7 +324,7 @@ def origin(unit, encoder, s):
 def hardware(encoder):
     """What a time was measured on."""
     device, threads = next(encoder.parameters()).device, torch.get_num_threads()
-    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return f"{WORLD} × {name}" if WORLD > 1 else name
 

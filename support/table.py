@@ -224,18 +224,18 @@ def by_task(results):
 
 def picture(results):
     """Where `ortho` saw conflicts: layer x factor, in text; and by task pair."""
-    runs = [run["conflicts"] for run in results["methods"].get("ortho", {}).values() if "conflicts" in run]
+    runs = [run["conflicts"] for run in results["methods"].get("ortho", {}).values()]
     if not runs or len(results["tasks"]) < 2:
         return ""
     rates = {name: np.mean([run["blocks"][name][0] for run in runs]) for name in runs[0]["blocks"]}
     layers, factors = {}, sorted({name.rpartition(".")[2] for name in rates})
     for name, rate in rates.items():
-        number = next((part for part in name.split(".") if part.isdigit()), "all")
+        number = next((part for part in name.split(".") if part.isdigit()), "other" if "." in name else "all")
         layers.setdefault(number, {}).setdefault(name.rpartition(".")[2], []).append(rate)
     title = "Where gradients conflict (ortho): share of task pairs at a negative cosine; 50 % is chance"
     lines = [title, "", "layer  " + "".join(f"{f:<32}" for f in factors)]
     for number, found in layers.items():
-        shares = [np.mean(found.get(factor, [0.0])) for factor in factors]
+        shares = [np.mean(found[factor]) for factor in factors]
         bars = ["█" * round(20 * share) + "·" * (20 - round(20 * share)) for share in shares]
         cells = [f"{bar} {100 * share:3.0f} %".ljust(32) for bar, share in zip(bars, shares, strict=True)]
         lines.append(f"{number:>5}  " + "".join(cells))
@@ -250,7 +250,7 @@ def merges(results, methods):
     lines, pairs = [], np.tril_indices(len(results["tasks"]), -1)
     for method, runs in results["methods"].items():
         own = results["methods"].get(methods[method]["source"], {})
-        if methods[method]["own"] or not own:
+        if methods[method]["own"] or not own.keys() & runs.keys():
             continue
         cosines = np.abs([run["cosines"] for run in runs.values()])[:, *pairs]
         drops = []
@@ -274,7 +274,7 @@ def differences(timings):
     return "NOTICE: not all trainings are by the same code on the same machine. " + "; ".join(parts) + "."
 
 
-# settings that the table says elsewhere, or that change no score
+# settings that the table says elsewhere; and per_task, for which auto stands for one or the other
 TOLD = ("tasks", "steps", "batch_size", "lr", "rank", "task_weights", "holdout", "dtype", "per_task")
 
 
@@ -287,7 +287,7 @@ def report(results, timings, about):
     scored = f"{s['holdout']} held-out training rows per task" if s["holdout"] else "the validation split"
     others = {name: x for name, x in about.get("changed", {}).items() if name not in TOLD}
     others = ", ".join(f"--{name.replace('_', '-')}" + f" {x}" * (x is not True) for name, x in others.items())
-    hardware = next(t["hardware"] for units in timings.values() for seed in units.values() for t in seed)
+    hardware = next(unit["hardware"] for seeds in timings.values() for units in seeds.values() for unit in units)
     base = "joint" if "joint" in results["methods"] else "the first method"
     parts = [
         f"## {demo}" if results["demo"] else f"## {about['model']} on {about['glue']}",
@@ -316,7 +316,8 @@ def write(out):
         raise BadInput(f"{out} has no settings.json, so no run is in it")
     with locked(out, wait=True):  # a process that adds methods writes settings.json anew
         about = read_json(out / "settings.json")
-        if not {"settings", "facts", "methods"} <= about.keys() or "disjoint" in about["settings"]:
+        wanted = {"settings", "facts", "methods", "tasks", "majority", "demo"}
+        if not wanted <= about.keys() or "disjoint" in about["settings"]:
             raise BadInput(f"{out} has no run of train.py in it; continual.py prints its own table, with --resume")
         results, timings = gather(out, about)
         text = report(results, timings, about)

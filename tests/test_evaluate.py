@@ -253,6 +253,11 @@ def test_submission_of_mnli(finished, tmp_path, capsys, ax):
         ({"task": "sst3"}, "does not say its task"),
         ({"task": "mnli"}, "classifier.weight is (2, 64), mnli needs (3, 64)"),
         ({"glue": "./nowhere"}, "there is no GLUE folder ./nowhere"),
+        ({"glue": "/a\nTraceback: oops"}, "does not say its glue, but '/a\\nTraceback: oops'; give it with --glue"),
+        ({"glue": "~nobody\0b"}, "does not say its glue"),
+        ({"glue": "/" + "a" * 5000}, "does not say its glue"),
+        ({"revision": "\x1b[31mred"}, "give it with --revision"),
+        ({"base_model_name_or_path": "~x\0b"}, "give it with --model"),
         ({"r": 0}, "adapter has r=0"),
     ],
 )

@@ -29,8 +29,8 @@ import reproduce
 import train
 import tries
 from glue import inputs, score
-from support import table
-from support.checkpoint import read_safetensors
+from support import runs, table
+from support.checkpoint import BadInput, read_safetensors, write_text
 from support.toy import make_demo, write_glue
 
 TASKS = ("sst2", "mrpc", "stsb")
@@ -163,6 +163,26 @@ def test_what_is_finished_is_kept_and_a_run_without_resume_is_refused(tmp_path, 
     assert not continual.main([*flags, "--methods=single", f"--out={out}", "--resume"])
     before = (out / "results.json").read_bytes()
     assert table.main([str(out)]) == 2 and (out / "results.json").read_bytes() == before
+
+
+def test_results_of_a_shared_folder_are_written_by_one_at_a_time(tmp_path, flags, monkeypatch):
+    """Else another process's results go missing, or its file is taken for what a killed one was writing."""
+    written = []
+
+    def write(path, text):
+        if path.name in ("results.json", "losses.json"):
+            with pytest.raises(BadInput, match="another process is at work"), runs.locked(path.parent):
+                pass
+            written.append(path.name)
+        write_text(path, text)
+
+    monkeypatch.setattr(continual, "write_text", write)
+    monkeypatch.setattr(controls, "write_text", write)
+    monkeypatch.setattr(controls, "losses", lambda s: {})
+    monkeypatch.setattr(train, "main", lambda argv: None)
+    assert not continual.main([*flags, "--methods=single", f"--out={tmp_path}"])
+    assert not controls.main([*flags, "--methods=joint", f"--out={tmp_path}"])
+    assert written == ["results.json", "losses.json"]
 
 
 @pytest.mark.parametrize(

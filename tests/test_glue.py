@@ -356,6 +356,31 @@ def test_files_that_are_no_split_are_left_alone(tmp_path):
     assert glue.load_task("rte", tmp_path, "test").texts == [("a", "b")]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train.json", "train.jsonl"), ("train.csv", "train-20240101.csv"), ("train-00000-of-00002.csv",)],
+)
+def test_files_that_are_no_whole_split_are_refused(tmp_path, names):
+    """Two copies would be read as one split of twice the rows, and a shard alone as a whole one."""
+    (tmp_path / "sst2").mkdir()
+    for name in names:
+        rows = "sentence,label\na,1\n" if name.endswith("csv") else '{"sentence": "a", "label": 1}\n'
+        (tmp_path / "sst2" / name).write_text(rows)
+    with pytest.raises(BadInput) as error:
+        glue.load_task("sst2", tmp_path)
+    said = f"train is {', '.join(sorted(names))}, not one file, or all of its -of-N"
+    assert one_line(error) == f"task 'sst2' in {tmp_path} can't be read: {said}"
+    (tmp_path / "sst2/test.csv").write_text("sentence\nb\n")
+    assert glue.load_task("sst2", tmp_path, "test").texts == [("b",)]
+
+
+def test_shards_are_one_split(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    for i in range(2):
+        (tmp_path / f"sst2/train-{i:05}-of-00002.csv").write_text(f"sentence,label\nrow {i},1\n")
+    assert glue.load_task("sst2", tmp_path).texts == [("row 0",), ("row 1",)]
+
+
 def test_a_csv_may_say_none(tmp_path):
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2/train.csv").write_text("sentence,label\nNone,1\nNA,0\nnull,1\n")
@@ -423,7 +448,9 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
     assert message("qnli", folder) == f"{folder} has no task 'qnli'; it has rte, wnli"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("nothing of GLUE")
-    assert message("qnli", tmp_path / "other") == f"{tmp_path / 'other'} has no task 'qnli'; it has none"
+    assert message("qnli", tmp_path / "other") == (
+        f"{tmp_path / 'other'} has no task 'qnli'; it has none in TASK/SPLIT.parquet, .json, .jsonl, .csv"
+    )
 
     torn = write(tmp_path / "torn", "rte", "train", rows_of("rte", [0, 1]))
     file = torn / "rte" / "train-00000-of-00001.parquet"

@@ -38,7 +38,7 @@ time.sleep = waits.append
 for name in sys.argv[1:]:
     try:
         if name.startswith("datasets/"):
-            got = {split: len(rows) for split, rows in read_splits("rte", name.removeprefix("datasets/")).items()}
+            got = {split: len(rows) for split, rows in read_splits("rte", name.removeprefix("datasets/"), ()).items()}
         else:
             folder = find_checkpoint(*name.split("@"))
             got = [load_encoder(folder).config.num_hidden_layers, *sorted(p.name for p in folder.iterdir())]
@@ -210,7 +210,10 @@ def test_a_name_look_up_that_hangs(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "silent_until", 0.0)
     for _ in range(2):
         with pytest.raises(HubError, match="'o/never' can't be had from the Hub: no answer in 0.2 seconds"):
-            find_checkpoint("o/never") if kind == "model" else read_splits("rte", "o/never")
+            find_checkpoint("o/never") if kind == "model" else read_splits("rte", "o/never", ())
+        if kind == "model":
+            with pytest.raises(HubError, match="model 'o/never' can't be had from the Hub: no answer"):
+                find_checkpoint(Path("o/never"))
     assert len(asked) == 1
     monkeypatch.setattr(hub, "silent_until", 0.0)  # a minute later it is asked again
     with pytest.raises(HubError, match="no answer"):
@@ -269,7 +272,7 @@ def test_repositories_that_lack_something(weather):
 @pytest.mark.parametrize("name", ["a b", "-x-", "x" * 200, "owner/"])
 def test_names_that_are_no_id(name, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the Hub was asked"))
-    for refuse in (find_checkpoint, lambda name: read_splits("rte", name)):
+    for refuse in (find_checkpoint, lambda name: read_splits("rte", name, ())):
         with pytest.raises(BadInput, match="neither a folder nor a Hub id"):
             refuse(name)
 

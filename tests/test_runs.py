@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import errno
 import functools
 import gc
@@ -20,6 +21,7 @@ import weakref
 from pathlib import Path
 
 import kills
+import numpy as np
 import pytest
 import torch
 
@@ -306,7 +308,7 @@ def test_one_of_many_makes_the_folder(tmp_path, resume, words):
     def open_out(lr):
         barrier.wait()
         try:
-            runs.open_out(tmp_path / "out", {"lr": lr}, {}, {}, resume, "python train.py")
+            runs.open_out(tmp_path / "out", {"lr": lr}, {}, {"methods": {}}, resume, "python train.py")
             won.append(lr)
         except BadInput as e:
             lost.append(str(e))
@@ -319,6 +321,25 @@ def test_one_of_many_makes_the_folder(tmp_path, resume, words):
     assert len(won) == 1 and len(lost) == 7 and all(words in text for text in lost)
     assert json.loads((tmp_path / "out/settings.json").read_text())["settings"] == {"lr": won[0]}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+
+
+def test_a_demo_that_is_refused_is_told_to_go_on_as_one(tmp_path, capsys):
+    """As Ctrl-C tells it: without --demo the Hub would be asked for roberta-base, and its run be refused."""
+    (tmp_path / "settings.json").write_text('{"demo": true}')
+    assert train.main(["--out", str(tmp_path)]) == 2
+    assert f"add to it: python train.py --out {tmp_path} --demo --resume" in ours(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text", ['{"settings": {}}', '{"settings": {}, "facts": {}, "methods": []}'])
+def test_settings_that_someone_has_edited(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(BadInput, match="settings.json was not written by train.py; choose another folder"):
+        runs.open_out(tmp_path, {}, {}, {"methods": {"joint": 1}}, True, "python train.py")
+
+
+def test_a_time_says_what_it_was_measured_on():
+    assert runs.hardware(torch.nn.Linear(1, 1)) == "CPU, 1 thread"
+    assert runs.hardware(torch.nn.Linear(1, 1, device="meta")) == "meta"  # in the place of Apple's mps
 
 
 def test_what_blocks_inside_is_not_the_lock(tmp_path):
@@ -395,6 +416,20 @@ def test_other_surroundings_are_refused(run, interrupted, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.13")
     assert f"torch was {str(version)!r} and is '1.13'" in ours(run(interrupted, f"{FLAGS} --resume")[2])
     assert stamps(interrupted) == before
+
+
+def test_rows_that_were_split_elsewhere_are_other_data(demo):
+    s = train.Settings(model=str(demo / "model"), glue=str(demo / "glue"), tasks="sst2", max_length=32)
+    encoder, _, (data,) = train.load(s)
+    moved = dataclasses.replace(
+        data,
+        train=data.train[:-1],
+        train_labels=data.train_labels[:-1],
+        validation=data.train[-1:] + data.validation,
+        validation_labels=np.concatenate([data.train_labels[-1:], data.validation_labels]),
+    )
+    there, new = runs.facts(encoder, [data]), runs.facts(encoder, [moved])
+    assert [what for what in there if there[what] != new[what]] == ["the data of sst2"]
 
 
 def test_other_data_and_weights_are_refused_and_copies_are_not(demo, interrupted, whole, tmp_path, capsys):

@@ -297,6 +297,30 @@ def test_settings_that_are_not_trains(tmp_path, capsys):
     assert table.main([str(tmp_path)]) == 2 and "no run of train.py" in capsys.readouterr().err
 
 
+def test_settings_that_someone_has_edited(by_hand, capsys):
+    about = json.loads((by_hand / "settings.json").read_text())
+    for what in about.keys() & {"settings", "facts", "methods", "tasks", "majority", "demo"}:
+        (by_hand / "settings.json").write_text(json.dumps({k: x for k, x in about.items() if k != what}))
+        assert table.main([str(by_hand)]) == 2 and "no run of train.py" in capsys.readouterr().err
+
+
+def test_a_merge_whose_source_is_of_other_seeds(by_hand):
+    for seed in (10, 9, 0):
+        (by_hand / f"single/seed{seed}").rename(by_hand / f"single/seed{seed + 1}00")
+    text = table.write(by_hand)
+    assert "| lora-merged" in text and "nan" not in text and "merged deltas" not in text
+
+
+def test_the_picture_of_layers_without_a_number(by_hand):
+    (by_hand / "ortho/seed9").rename(by_hand / "gone")
+    (by_hand / "ortho/seed10").rename(by_hand / "gone too")
+    result = json.loads((by_hand / "ortho/seed0/result.json").read_text())
+    for block, row in (("pooler.dense.A", "other"), ("all", "  all")):
+        result["conflicts"]["blocks"] = {block: [0.5, 0.0, 0.0]}
+        (by_hand / "ortho/seed0/result.json").write_text(json.dumps(result))
+        assert f"\n{row}  {'█' * 10}{'·' * 10}  50 %\n" in table.write(by_hand)
+
+
 def test_no_run_there(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
