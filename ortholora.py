@@ -183,12 +183,12 @@ class OrthoLoRA:
             raise ValueError("OrthoLoRA: there is no parameter to project in blocks (or in one of them)")
         if len({id(p) for p in parameters}) < len(parameters):
             raise ValueError("OrthoLoRA: a parameter is in blocks twice")
-        if any(hasattr(p, "device_mesh") for p in parameters):
-            raise ValueError("OrthoLoRA: a parameter in blocks is sharded, a DTensor; see FSDP2 in docs/recipes.md")
+        if any(hasattr(p, "device_mesh") or hasattr(p, "_fsdp_flattened") for p in parameters):  # FSDP2's, FSDP1's
+            raise ValueError("OrthoLoRA: a parameter in blocks is sharded, by FSDP; see FSDP2 in docs/recipes.md")
         if not all(p.is_leaf and p.requires_grad for p in parameters):
             raise ValueError("OrthoLoRA: a tensor in blocks never gets a .grad: it is frozen, or computed from others")
         if len({p.device for p in parameters}) > 1:
-            raise ValueError("OrthoLoRA: the parameters in blocks are on several devices")
+            raise ValueError("OrthoLoRA: parameters in blocks are on several devices: make an OrthoLoRA for each")
         if num_tasks < 1 or (weights is not None and len(weights) != num_tasks):
             raise ValueError(f"OrthoLoRA: num_tasks={num_tasks} is below 1, or weights={weights} are not as many")
         self.num_tasks, self.sequential = num_tasks, sequential

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torchjd.aggregation import PCGrad
 
 from ortholora import OrthoLoRA, balance, project_conflicting, projection_coefficients, sequential_coefficients
@@ -940,10 +941,34 @@ def test_sharded_parameters():
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         p = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.zeros(4, 2), mesh))
-        with pytest.raises(ValueError, match="FSDP2 in docs/recipes.md"):
-            OrthoLoRA([[p]], 2)
+        wrapped = FullyShardedDataParallel(nn.Linear(4, 2), use_orig_params=True, device_id=torch.device("cpu"))
+        for sharded in (p, wrapped.weight):  # FSDP2's, and FSDP1's, which look like whole ones
+            with pytest.raises(ValueError, match="FSDP2 in docs/recipes.md"):
+                OrthoLoRA([[sharded]], 2)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_one_for_each_device_is_as_good_as_one():
+    # As the refusal of parameters on several devices has it: their default generators draw the same order.
+    parameters, ortho, grads = make(4)
+    apart = [OrthoLoRA(ortho.blocks[:2], 4), OrthoLoRA(ortho.blocks[2:], 4)]
+    for _ in range(3):
+        collect(ortho, parameters, grads)
+        ortho.project()
+        expected = [p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        for t, task in enumerate(grads):
+            for p, g in zip(parameters, task, strict=True):
+                p.grad = g.clone()
+            for one in apart:
+                one.collect(t)
+        for one in apart:
+            one.project()
+        assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True))
+        for p in parameters:
+            p.grad = None
 
 
 def test_bad_arguments():
