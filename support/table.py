@@ -299,8 +299,9 @@ def report(results, timings, about):
         + f", {s['dtype']} on {hardware}.",
         table(results, timings),
         "A score is the mean of the task's metrics × 100. gap recovered: of the average, (method − joint) / (single − "
-        "joint); both in points where that gap is not clearly above 0, by its paired 95 % interval over at least 3 "
-        f"seeds. adapter, heads: trained scalars. step time: of all tasks' batches together, relative to {base}.",
+        "joint), ± the spread of method − joint over the mean gap; both in points where that gap is not clearly above "
+        "0, by its paired 95 % interval over at least 3 seeds. adapter, heads: trained scalars. step time: of all "
+        f"tasks' batches together, relative to {base}.",
         differences(timings),
         by_task(results),
         merges(results, about["methods"]),
