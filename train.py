@@ -110,7 +110,7 @@ class Settings:
     warmup: float = setting(0.06, "share of steps in which the rate rises; then it falls to 0, both linearly", high=1)
     optimizer: str = setting("adamw", "SGD has momentum 0.9", ["adamw", "sgd"])
     weight_decay: float = setting(0.01, "AdamW's, decoupled", high=1e3)
-    clip: float = setting(1.0, "largest norm of the whole gradient, after the projection; 0: no clipping")
+    clip: float = setting(1.0, "largest norm of the whole gradient, after the projection; 0: no clipping", high=1e9)
     max_length: int = setting(128, "tokens; longer pairs lose tokens from the longer sentence first", low=8)
     holdout: int = setting(0, "score on so many held-out training rows per task, to choose settings; 0: validation")
     # how
@@ -151,7 +151,8 @@ def parse(argv, prog="train.py", about=__doc__):
             others = [f"; or {choice}" for choice in f.metadata["choices"] or () if choice != f.default]
             text += f" [default {f.default}{''.join(others)}]" if f.default != "" else ""
             parser.add_argument(flag, type=f.type, help=text, metavar=f.name.upper())
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))  # "a, b" is "a,b", in what binds a run, too
+    given |= {k: x.replace(", ", ",") for k, x in given.items() if isinstance(x, str) and k not in UNBOUND}
     return given | {"out": os.path.expanduser(given["out"])} if "out" in given else given
 
 
@@ -165,8 +166,8 @@ def listed(text, flag, kind=str, known=None):
         raise BadInput(f"--{flag}: unknown {stray[0]!r}; there are {', '.join(known)}")
     if kind is not float and len(set(values)) < len(values):
         raise BadInput(f"--{flag} {text!r}: give each one once")
-    if kind is not str and not all(0 <= x < 2**63 for x in values):  # NaN is not
-        raise BadInput(f"--{flag} {text!r}: each must be at least 0 and below 2^63")
+    if kind is not str and not all(0 <= x < 2**32 for x in values):  # NaN is not; torch's seeds on a CPU
+        raise BadInput(f"--{flag} {text!r}: each must be at least 0 and below 2^32")
     return values
 
 
@@ -400,7 +401,6 @@ def train(unit, model, tasks, encoder, s, log, bar):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A unit (of support/runs.py, not --unit's): one method and seed, and one task where each has its own adapter.
-# encoder: in float32, for scores; frozen: the same weights in --dtype, for trainings
 
 
 def run(unit, encoder, frozen, tasks, s, bar):
@@ -440,7 +440,7 @@ def masks_of(unit, encoder, s):
     try:
         return {path: mask.cpu() for path, mask in lori.magnitude_masks(dense.encoder, s.sparsity).items()}
     except ValueError as e:
-        raise BadInput(f"lori-s: {e}") from None
+        raise BadInput(f"{unit}: {e}") from None
 
 
 def run_merge(unit, encoder, tasks, s):

@@ -217,7 +217,9 @@ def by_task(results):
     if "single" in runs:
         said += " Where single is far above joint, joint training has neglected the task."
     if fifths:
-        said += " length: of the task's gradient, its loss's weight included, in the first fifth of the steps."
+        factors = results["settings"].get("factors", "AB")
+        of = "the task's gradient" + f" of {factors} alone" * (factors != "AB")
+        said += f" length: of {of}, its loss's weight included, in the first fifth of the steps."
         said += " weight: by what factor that gradient goes into the update then; in joint training it is 1."
     return f"{said}\n\n{markdown(rows)}"
 

@@ -189,6 +189,14 @@ def test_lengths_and_weights_of_a_mean(by_hand):
     assert [row[-4:-1:2] for row in rows] == [["4.00", "0.50"], ["8.00", "1.00"]]
 
 
+@pytest.mark.parametrize("factors, of", [("AB", ""), ("A", " of A alone")])
+def test_lengths_are_of_what_is_projected(by_hand, factors, of):
+    about = json.loads((by_hand / "settings.json").read_text())
+    about["settings"]["factors"] = factors
+    (by_hand / "settings.json").write_text(json.dumps(about))
+    assert f"length: of the task's gradient{of}, its loss's weight included" in table.write(by_hand)
+
+
 def test_without_single_nothing_is_said_of_it(by_hand):
     assert "Where single is far above" in table.write(by_hand)
     shutil.rmtree(by_hand / "single")

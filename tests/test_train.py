@@ -761,10 +761,11 @@ def test_lori_trains_no_A(run, tmp_path):
         ("--steps 0", "--steps 0"),
         ("--lr nan", "--lr nan"),
         ("--lr inf", "--lr inf"),
+        ("--clip inf", "--clip inf"),
         ("--dropout 1", "--dropout 1.0"),
         ("--seeds 0,x", "--seeds '0,x'"),
         ("--seeds 1,1", "--seeds '1,1': give each one once"),
-        ("--seeds 9223372036854775808", "2^63"),
+        ("--seeds 4294967296", "2^32"),
         ("--seeds=-1", "each must be at least 0"),
         ("--task-weights 1,2,3", "2 tasks need 2 weights"),
         ("--task-weights 1,nan", "--task-weights '1,nan'"),
@@ -1001,6 +1002,20 @@ def test_the_demo_fits_what_is_asked_of_it():
         assert found.items() >= given.items() and found.get("task_weights") == given.get("task_weights")
         train.check(train.Settings(**found))
     train.check(train.Settings(**toy.demo_settings({"factors": "A"}, 1)))  # without balanced, which scales A and B
+
+
+def test_a_mask_of_what_did_not_train_names_its_task(run):
+    status, _, err = run("--tasks sst2,mnli --steps 1 --methods lori-d,lori-s --task-weights 1,0")
+    said = "train.py: lori-s, seed 0, mnli: no mask of sparsity 0.9: all that may be chosen are zero: train B first"
+    assert status == 2 and err.splitlines()[-1] == said
+
+
+def test_a_space_after_a_comma_is_no_other_setting():
+    """Or the demo would lose its weights by it, and --resume be refused. A path may have one."""
+    given = train.parse(["--tasks", "sst2, mrpc, mnli, stsb", "--task-weights", "1, 2,3, 4", "--model", "a, b"])
+    assert given == {"tasks": "sst2,mrpc,mnli,stsb", "task_weights": "1,2,3,4", "model": "a, b"}
+    del given["task_weights"], given["model"]
+    assert toy.demo_settings(given, 1)["task_weights"] == "0.1,1,1,1"
 
 
 def test_the_demo_asks_its_question_of_its_own_settings_alone(monkeypatch, capsys):
