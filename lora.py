@@ -1,7 +1,7 @@
 """LoRA by hand: h = W0 x + b + scale * B A x, with W0 and b frozen, A (r, in) and B (out, r) trained.
 
-Hu et al. 2021, arXiv 2106.09685. Needs torch alone and works on any module that calls `nn.Linear` layers inside, a
-`transformers` model included (but for layers that are not called: T5 reads the weight of its `wo`, too):
+Hu et al. 2021, arXiv 2106.09685. Needs torch alone. For any module that calls its `nn.Linear` layers and doesn't read
+their weights; T5 reads its `wo`'s, nn.TransformerEncoder in eval its own (see torch.backends.mha.set_fastpath_enabled):
 
     layers = add_lora(model, targets=["query", "value"], r=8, alpha=16)    # freezes the model; {path: LoRALinear}
     optimizer = torch.optim.AdamW(lora_parameters(model), lr=5e-4)         # train; then
@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
         """A new `nn.Linear`: W0 + scale * B A, in the base's dtype, under autocast, too. ValueError: no plain base."""
         if type(self.base).forward is not nn.Linear.forward or not self.base.weight.is_floating_point():
             raise ValueError(f"a {type(self.base).__name__} of {self.base.weight.dtype} can't be merged into")
-        plain = nn.Linear(self.base.in_features, self.base.out_features, self.base.bias is not None, device="meta")
+        plain = nn.Linear(self.base.in_features, self.base.out_features, device="meta")
         weight = self.base.weight.to(self.B.dtype, copy=True).addmm_(self.B, self.A, alpha=self.scale)
         plain.weight = nn.Parameter(weight.to(self.base.weight.dtype), requires_grad=False)
         plain.bias = self.base.bias
@@ -96,8 +96,8 @@ def add_lora(module, targets=None, r=8, alpha=16, dropout=0.0, layers=None, rslo
 
     targets: names, as in peft: an `nn.Linear` is meant if its path is one of them, or ends in a dot and one of them;
     "all-linear": every one but the output layer, or else a top-level classifier, score or qa_outputs; None: query and
-    value by their family's names. layers: only these, by the first number in a path. Returns {path: LoRALinear}.
-    Raises ValueError, changing nothing: no targets, targets or layers not found, LoRA already, a bad rank or dropout.
+    value by their family's names. layers: only these, by a path's first number. A tied layer is replaced at one path.
+    Returns {path: LoRALinear}. ValueError, changing nothing: targets or layers missing, LoRA already, bad r or dropout.
     """
     if isinstance(module, nn.Linear):
         raise ValueError("the module is a linear layer itself; wrap it: LoRALinear(module, r, alpha)")
@@ -163,9 +163,9 @@ def per_task(model, sizes):
             loss.backward()                                   # in here: gradient checkpointing runs forward again
         views[layer.A].grad                                   # (T, r, in): row t is task t's; layer.A.grad is untouched
 
-    Each task gets its own view of the factors, A as (T, r, in), at the values and the cost of the one. Yields {factor:
-    its view} of the trained ones, for `OrthoLoRA.collect_stacked`; for a factor in no block the caller adds
-    view.grad.sum(0) to .grad. Layers get sum(sizes) as their first dimension. ValueError: under `lori.MaskedB`.
+    Each task gets its own view of the factors, A as (T, r, in), without a copy. Yields {factor: its view} of those that
+    train, for `OrthoLoRA.collect_stacked`; for a factor in no block the caller adds view.grad.sum(0) to .grad. Layers
+    get sum(sizes) as their first dimension. ValueError: under `lori.MaskedB`.
     """
     layers = lora_layers(model).values()
     if not all(factor.is_leaf for factor in lora_parameters(model)):
@@ -183,7 +183,7 @@ def per_task(model, sizes):
 def merge_lora(model):
     """Replace every `LoRALinear` in `model` by its `merged()` layer, in place (copy the model first to keep it).
 
-    Raises ValueError where the model is such a layer itself, with nothing around it: take its `merged()`.
+    Raises ValueError at the first layer that can't be merged (those before it are), or where the model is one itself.
     """
     for path, layer in lora_layers(model).items():
         model.set_submodule(path, layer.merged())

@@ -41,7 +41,7 @@ def draw_A(model, seed):
 
     That is Kaiming-uniform with a = sqrt(5), as in the released code, of variance 1 / (3 in): A A' is near I/3.
     One seed per task for adapters to be merged; one for all where tasks follow each other on a shared A. Raises
-    ValueError, as all of this file does that takes a model without LoRA layers."""
+    ValueError, as all of this file but `insert` does, where `model` has no LoRA layers."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU, and apart from the global one
     for layer in layers_of(model).values():
         bound = 1 / math.sqrt(layer.A.shape[1])
@@ -185,7 +185,7 @@ class MaskedB:
         """Make every B a plain `nn.Parameter` with its current value, trainable if it was before."""
         for path, layer in self.layers.items():
             if parametrize.is_parametrized(layer, "B"):  # not removed before
-                layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # copies share one
+                layer.__class__ = type("Masked", type(layer).__bases__, dict(vars(type(layer))))  # a deepcopy shares it
                 parametrize.remove_parametrizations(layer, "B", leave_parametrized=True)
                 layer.B.requires_grad_(self.was_trained[path]).grad = None
 

@@ -96,7 +96,7 @@ class Conflicts:
     cosines   (blocks, T, T)  of the original gradients; 0 where one of the two is zero
     conflicts (blocks, T, T)  bool: cosine < 0, so the diagonal is false
     removed   (blocks, T)     |g_i - v_i| / |g_i|, how far projection moved it, at most 1 for T = 2; 0 if g_i is 0
-    finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); false: 0 above
+    finite    (blocks, T)     bool: no NaN and no infinity in g_i (their sum may still overflow); else 0 above
     weights   (blocks, T)     w_j = sum_i C_ij >= 1, the factor that the update gives g_j: sum_i v_i = sum_j w_j g_j, so
                               projection is a reweighting (Kurin et al. 2022, arXiv 2201.04122, Prop. 3)
     effective (T,)            sqrt(sum_blocks w^2 |g|^2 / sum_blocks |g|^2), one weight per task; 1 without a gradient
@@ -274,7 +274,7 @@ class OrthoLoRA:
         """Write sum_i v_i into .grad (zeros where no task had one; none where frozen), clear rows; return Conflicts.
 
         order: (T, T - 1) as in `project_conflicting`; by default drawn at random. With (T, 0) nobody meets anybody: the
-        rows just add up, measured. What isn't finite makes .grad not finite, so GradScaler skips the step. With
+        rows add up, Conflicts sees them. What isn't finite makes .grad not finite, so GradScaler skips the step. With
         one task or no conflict a float32 .grad is the plain sum. ValueError: another order; RuntimeError: a .grad left.
         """
         T = self.num_tasks

@@ -131,12 +131,13 @@ def test_sequential_takes_rounding_error_for_zero():
     # In one dimension a conflict takes all of v_i, so exactly nothing is left; what float64 leaves, 1e-16 of g_i, must
     # not become a reference for the tasks that come after: it would move the update little, but the weights a lot.
     torch.manual_seed(0)
+    scales = torch.logspace(-9, 9, 100)  # however long gradients are
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(100)]
     ortho = OrthoLoRA([[p] for p in parameters], 4, sequential=True)
-    grads, order = torch.randn(4, 100), ortho.random_order()
+    grads, order = torch.randn(4, 100) * scales, ortho.random_order()
     collect(ortho, parameters, grads[..., None])
     weights = ortho.project(order).weights
-    for p, w, v in zip(parameters, weights, grads.T.tolist(), strict=True):
+    for p, w, v, scale in zip(parameters, weights, grads.T.tolist(), scales, strict=True):
         C = torch.eye(4).double()
         for i, others in enumerate(order.tolist()):
             for j in others:
@@ -144,7 +145,7 @@ def test_sequential_takes_rounding_error_for_zero():
                     C[i] -= v[i] / v[j] * C[j]
                     v[i] = 0.0
         torch.testing.assert_close(w, C.sum(0))
-        torch.testing.assert_close(p.grad, torch.tensor([sum(v)]), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(p.grad / scale, torch.tensor([sum(v)]) / scale, atol=1e-6, rtol=1e-6)
 
 
 def test_coefficients_by_hand():
@@ -344,6 +345,15 @@ def test_square_that_underflows_is_no_conflict():
     assert C[0, 0].tolist() == [1.0, 0.0]
 
 
+def test_square_that_underflows_in_float64_has_no_cosine():
+    p = nn.Parameter(torch.zeros(1).double())
+    ortho = OrthoLoRA([[p]], 3)
+    collect(ortho, [p], torch.tensor([[[1e10]], [[-1e-200]], [[1e-200]]], dtype=torch.float64))
+    conflicts = ortho.project()
+    assert torch.equal(conflicts.cosines[0], torch.diag(torch.tensor([1.0, 0.0, 0.0])).double())
+    assert not conflicts.conflicts.any() and not conflicts.removed.any() and (conflicts.weights == 1).all()
+
+
 @pytest.mark.parametrize("scale", [1e25, 1e-30])
 def test_squares_beyond_float32_are_projected_all_the_same(scale):
     # |g|^2 would be 1e50 or 1e-60. As at the top: the sum of (1, 0) and (-1, 1) is (.5, 1.5).
@@ -490,6 +500,10 @@ def test_balance_leaves_absent_tasks_out(scale):
     rows = scale * torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]])
     assert balance(rows) is None
     torch.testing.assert_close(rows / scale, torch.tensor([[1.8, 2.4], [0.0, 0.0], [0.0, 3.0]]))
+    rows[0] = 0
+    alone = rows.clone()
+    balance(rows)
+    torch.testing.assert_close(rows, alone)  # its own mean
     rows.zero_()
     balance(rows)
     assert not rows.any()

@@ -598,7 +598,7 @@ def main():
     text = "\n\n".join([markdown(rows), *notes, f"`{command}`: {timed}{where}."])
     print(f"\n{text}")
     variant = {"step": args.dtype, "project": args.shapes}.get(args.what, "base" if args.dtype == "fp32" else "bf16")
-    name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + f"-{device.type}"
+    name = f"bench-{args.what}" + f"-{variant}" * (variant != "base") + ("-cpu" if device.type == "cpu" else "-gpu")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     written = {"command": command, **about, "rounds": rounds, "results": results}

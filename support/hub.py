@@ -102,7 +102,7 @@ def find_checkpoint(path_or_id, revision="main"):
     if os.path.isdir(folder):
         return Path(folder)
     if looks_like_path(path_or_id) or os.path.exists(folder):
-        raise BadInput(f"there is no model folder {path_or_id}")
+        raise BadInput(f"there is no model folder {path_or_id}; give another with --model")
 
     trouble = ask_hub("model", path_or_id, "config.json", revision)  # then the cache is all there is
     from huggingface_hub import errors as hub
@@ -207,7 +207,7 @@ def read_splits(name, source, only):
     """
     source, folder = str(source), Path(os.path.expanduser(source))
     if not folder.is_dir() and (looks_like_path(source) or folder.exists()):
-        raise BadInput(f"there is no GLUE folder {source}")
+        raise BadInput(f"there is no GLUE folder {source}; give another with --glue")
 
     import datasets  # here, not above: as in ask_hub
 

@@ -238,8 +238,8 @@ def new_out(name):
 
 def again(argv, out, demo, script="train.py"):
     """The whole command that goes on with the run in `out`."""
-    more = [["--demo"] if demo else [], ["--out", out], ["--resume"]]
-    words = [*argv, *(word for words in more if words and words[0] not in argv for word in words)]
+    more, given = [["--demo"] if demo else [], ["--out", out], ["--resume"]], {word.split("=")[0] for word in argv}
+    words = [*argv, *(word for words in more if words and words[0] not in given for word in words)]
     return f"{'torchrun …' if WORLD > 1 else 'python'} {script} {shlex.join(words)}"
 
 

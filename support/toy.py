@@ -578,7 +578,7 @@ DEMO = {
     "warmup": 0.2,
     "max_length": 64,
     "per_task": "stacked",
-    "device": "cpu",  # a GPU would mostly wait for so small a model
+    "device": "cpu",  # enough for so small a model; on a GPU not measured
     "dtype": "fp32",
 }
 WELCOME = """\

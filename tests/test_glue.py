@@ -430,9 +430,9 @@ def test_bad_folders_are_named(tmp_path, monkeypatch):
         return one_line(error)
 
     for missing in (tmp_path / "none", "./none", "~/no/such/folder", "../none", "some/where/else"):
-        assert message("rte", missing) == f"there is no GLUE folder {missing}"
+        assert message("rte", missing) == f"there is no GLUE folder {missing}; give another with --glue"
     monkeypatch.chdir(ROOT)
-    assert message("rte", "glue.py") == "there is no GLUE folder glue.py"
+    assert message("rte", "glue.py") == "there is no GLUE folder glue.py; give another with --glue"
     assert message("foo", tmp_path).startswith("there is no task 'foo'; the tasks are cola")
 
     (tmp_path / "empty").mkdir()

@@ -229,7 +229,9 @@ def test_default_targets():
         (make(tiny("distilbert")), "transformer.layer.{}.attention", ("q_lin", "v_lin")),
         (make(tiny("xlm-roberta")), "encoder.layer.{}.attention.self", ("query", "value")),
     ]:
-        assert list(add_lora(model)) == [f"{stem.format(i)}.{name}" for i in (0, 1) for name in names]
+        layers = add_lora(model)
+        assert list(layers) == [f"{stem.format(i)}.{name}" for i in (0, 1) for name in names]
+        assert all((layer.r, layer.alpha, layer.dropout, layer.rslora) == (8, 16, 0, False) for layer in layers.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -331,6 +333,8 @@ def test_unknown_family_needs_targets():
     assert set(add_lora(model, ["2"])) == {"2"}
     with pytest.raises(ValueError, match="linear layers: none"):
         add_lora(nn.ReLU())
+    with pytest.raises(ValueError, match=r"wrap it: LoRALinear\(module"):
+        add_lora(model[0], ["0"])
 
 
 def test_twice_is_an_error():
@@ -447,6 +451,14 @@ def test_a_weight_that_is_read_past_its_layer_is_left_alone():
     before = module(x)  # in training mode: the fused path is not taken
     assert add_lora(module, "all-linear").keys() == {"linear1", "linear2"}
     torch.testing.assert_close(module(x), before)
+    module.eval()
+    with pytest.raises(AttributeError, match="LoRALinear.*weight"):  # so no adapter is left out without a word
+        module(x)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch.testing.assert_close(module(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
     with pytest.raises(ValueError, match="'out_proj' matches no linear layer"):
         add_lora(nn.MultiheadAttention(8, 2), ["out_proj"])
 

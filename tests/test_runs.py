@@ -249,6 +249,7 @@ def test_the_command_that_goes_on():
     )
     words = ["--demo", "--out", "a", "--resume"]
     assert runs.again(words, "a", demo=True) == "python train.py " + " ".join(words)
+    assert runs.again(["--out=a"], "a", demo=False) == "python train.py --out=a --resume"
 
 
 def test_what_is_made_of_others_needs_them(run, tmp_path):
