@@ -430,7 +430,7 @@ def test_rows_that_were_split_elsewhere_are_other_data(demo):
         validation_labels=np.concatenate([data.train_labels[-1:], data.validation_labels]),
     )
     there, new = runs.facts(encoder, [data]), runs.facts(encoder, [moved])
-    assert [what for what in there if there[what] != new[what]] == ["the data of sst2"]
+    assert [what for what in there if there[what] != new[what]] == ["the number of sst2's rows to train on"]
 
 
 def test_other_data_and_weights_are_refused_and_copies_are_not(demo, interrupted, whole, tmp_path, capsys):
