@@ -178,6 +178,7 @@ def test_every_process_draws_the_same_order():
             orders.append(torch.stack([ortho.random_order() for _ in range(4)]))
     assert orders[0].device.type == "cpu" and torch.equal(*orders)
     assert not torch.equal(orders[0][0], orders[0][1])
+    assert torch.equal(orders[0][0], make(6, generator=torch.Generator().manual_seed(0))[1].random_order())
 
 
 def test_step_is_one_order_for_all_tasks_and_blocks():

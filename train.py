@@ -51,7 +51,7 @@ class Method:
     source: str = ""  # made from that method's adapters: masked by them, or merged out of them
 
 
-METHODS = {
+METHODS = {  # head differs from joint, and pcgrad from ortho, by name alone: see build and projected_blocks
     "head": Method("frozen encoder, trained heads: the floor"),
     "single": Method("one adapter per task: what joint training is to be measured against", own=True),
     "joint": Method("one shared adapter, the tasks' gradients added"),
