@@ -786,6 +786,10 @@ def test_nothing_is_read_on_the_host(dtype):
     ortho = OrthoLoRA(blocks, 3, weights=[1.0, 2.0, 3.0])
     grads = [[torch.empty_like(p) for p in parameters] for _ in range(3)]
     collect(ortho, parameters, grads)
+    ortho.project(torch.empty(3, 2, dtype=torch.long, device="meta"))  # an order that is there already
+    for p in parameters:
+        p.grad = None
+    collect(ortho, parameters, grads)
     ortho.collect_stacked(stack_up(parameters, grads))
     balance(ortho.rows)
     conflicts = ortho.project()
@@ -905,6 +909,12 @@ def test_a_parameter_that_is_frozen_since_stays_where_it_is():
             before = p.detach().clone(), q.detach().clone()
             optimizer.step()
             assert not torch.equal(p, before[0]) and torch.equal(q, before[1]) == frozen
+    optimizer.zero_grad()
+    (p * q).sum().backward()
+    ortho.collect(0)
+    q.grad = torch.ones(2)  # somebody's, of before it was frozen, say
+    ortho.project()
+    assert q.grad.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("fused", [False, True])
