@@ -637,6 +637,7 @@ def test_ranks_and_alphas_by_layer(rslora, tmp_path):
     tensors, config = peft_adapter(model)
     paths = list(lora_layers(model))
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, rslora)
+    assert config["inference_mode"] and config["bias"] == "none"  # as `save_pretrained` of a peft model writes them
     assert config["rank_pattern"] == dict(zip(paths, (4, 2, 4, 6), strict=True))
     assert config["alpha_pattern"] == dict(zip(paths, (8, 8, 3, 5), strict=True))
     torch.testing.assert_close(logits(load_in_peft(base, tmp_path, tensors, config)), logits(model), rtol=0, atol=1e-5)
@@ -645,15 +646,15 @@ def test_ranks_and_alphas_by_layer(rslora, tmp_path):
 
 
 class Ends(nn.Module):
-    """One path is the end of another, which peft's patterns mean as well."""
+    """One path is the end of another, which peft's patterns mean as well; it comes first, in the alphabet, too."""
 
     def __init__(self):
         super().__init__()
-        self.block = nn.ModuleDict({"fc": nn.Linear(4, 4)})
         self.fc = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 4)})
 
     def forward(self, x):
-        return self.fc(self.block["fc"](x))
+        return self.fc(self.inner["fc"](x))
 
 
 @pytest.mark.parametrize("what", ["r", "alpha"])
