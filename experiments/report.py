@@ -710,8 +710,8 @@ def cost():
         ["`project()`: share of a RoBERTa-base step", ", ".join(parts), link["project"]],
         ["a step of `ortho` against the faster joint step", "; ".join(steps), where],
         [
-            "peak memory of `ortho` beyond joint",
-            f"loop {loop / TP:.2f} × 4·T·P bytes; stacked {stacked / TP:.2f} ×, over a mixed batch's",
+            "peak memory of `ortho`",
+            f"loop {loop / TP:.2f} × 4·T·P bytes over joint's loop; stacked {stacked / TP:.2f} × over its mixed batch",
             link["memory"],
         ],
     ]
