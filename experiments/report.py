@@ -703,17 +703,14 @@ def cost():
     TP = next(r["rows_bytes"] for r in bench["memory"]["results"] if "rows_bytes" in r)  # stands from step to step
     loop = peaks["ortho, loop"] - peaks["joint, loop"] + TP
     stacked = peaks["ortho, stacked"] - peaks["joint, one mixed batch"] + TP
+    memory = f"loop: joint's + {loop / TP:.2f} × 4·T·P bytes; stacked: a mixed batch's + {stacked / TP:.2f} × 4·T·P"
     plain, sorted_ = sorted(bench["padding"]["results"], key=lambda r: r["window"])
     head = ["what", "measured", "where"]
     first = [
         head,
         ["`project()`: share of a RoBERTa-base step", ", ".join(parts), link["project"]],
         ["a step of `ortho` against the faster joint step", "; ".join(steps), where],
-        [
-            "peak memory of `ortho`",
-            f"loop {loop / TP:.2f} × 4·T·P bytes over joint's loop; stacked {stacked / TP:.2f} × over its mixed batch",
-            link["memory"],
-        ],
+        ["peak memory of `ortho`", memory, link["memory"]],
     ]
     then = [
         head,

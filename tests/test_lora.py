@@ -231,7 +231,9 @@ def test_default_targets():
     ]:
         layers = add_lora(model)
         assert list(layers) == [f"{stem.format(i)}.{name}" for i in (0, 1) for name in names]
-        assert all((layer.r, layer.alpha, layer.dropout, layer.rslora) == (8, 16, 0, False) for layer in layers.values())
+        assert all(
+            (layer.r, layer.alpha, layer.dropout, layer.rslora) == (8, 16, 0, False) for layer in layers.values()
+        )
     assert add_lora(nn.ModuleDict({name: nn.Linear(2, 2) for name in ("query", "value")})).keys() == {"query", "value"}
 
 
